@@ -1,0 +1,1 @@
+"""vectorkeep: a data layer for embeddings on PostgreSQL and pgvector."""

@@ -1,0 +1,139 @@
+"""Settings: from `connect(...)`, else from the environment, else their defaults."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import platformdirs
+import pydantic
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import ValidationError
+
+Consistency = Literal["strict", "bounded"]
+Distance = Literal["cosine", "l2", "inner_product"]
+
+
+class Settings(BaseSettings):
+    """What a store needs to know. Each field is read from `VECTORKEEP_<NAME>` where it is not given.
+
+    Times carry their unit in the name. `database_url` absent and no `POSTGRES_HOST` set means the
+    embedded servers under `home`; `redis_url` False means no cache.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="VECTORKEEP_", extra="forbid", populate_by_name=True)
+
+    database_url: str | None = None
+    maintenance_url: str | None = None
+    redis_url: str | Literal[False] | None = None
+    home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("vectorkeep")))
+    embedded_settings: dict[str, str] = {}
+
+    model_id: str | None = None
+    dimensions: int | None = Field(default=None, ge=1, le=16_000)
+    distance: Distance = "cosine"
+    ef_search: int = Field(default=100, ge=1, le=1000)
+    consistency: Consistency = "strict"
+    cache_ttl_s: int = Field(default=3600, ge=1)
+    bounded_ttl_s: int = Field(default=60, ge=1)
+    chunk_size: int = Field(default=1000, ge=50)
+    chunk_overlap: int = Field(default=100, ge=0)
+    vector_cache_mb: float = Field(default=512, ge=0)
+
+    pool_max: int = Field(default=20, ge=1)
+    pool_idle_s: float = Field(default=30, gt=0)
+    pool_timeout_s: float = Field(default=30, gt=0)
+    connect_timeout_s: float = Field(default=2, gt=0)
+    statement_timeout_s: float = Field(default=30, gt=0)
+    idle_in_transaction_timeout_s: float = Field(default=60, gt=0)
+    lock_timeout_s: float = Field(default=5, gt=0)
+    prepare_threshold: int | None = 5
+    debug: bool = False
+
+    postgres_host: str | None = Field(
+        default=None, validation_alias=AliasChoices("postgres_host", "POSTGRES_HOST")
+    )
+    postgres_port: int = Field(default=5432, validation_alias=AliasChoices("postgres_port", "POSTGRES_PORT"))
+    postgres_db: str | None = Field(default=None, validation_alias=AliasChoices("postgres_db", "POSTGRES_DB"))
+    postgres_user: str | None = Field(
+        default=None, validation_alias=AliasChoices("postgres_user", "POSTGRES_USER")
+    )
+    postgres_password: pydantic.SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("postgres_password", "POSTGRES_PASSWORD")
+    )
+
+    @classmethod
+    def load(cls, given: Mapping[str, Any]) -> Self:
+        """Settings from `given` over the environment. Raises ValidationError that names each bad setting."""
+        try:
+            return cls(**given)
+        except pydantic.ValidationError as exc:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+            raise ValidationError(f"bad settings: {problems}") from exc
+
+    def postgres_url(self) -> str | None:
+        """The URL of the configured server in libpq's form, or None where the embedded one is meant."""
+        if self.database_url:
+            return libpq_url(self.database_url)
+        if not self.postgres_host:
+            return None
+        user = quote(self.postgres_user or "", safe="")
+        if self.postgres_password is not None:
+            user += ":" + quote(self.postgres_password.get_secret_value(), safe="")
+        database = quote(self.postgres_db or "", safe="")
+        at = f"{user}@" if user else ""
+        if self.postgres_host.startswith("/"):
+            return f"postgresql://{at}/{database}?host={quote(self.postgres_host, safe='')}&port={self.postgres_port}"
+        return f"postgresql://{at}{self.postgres_host}:{self.postgres_port}/{database}"
+
+
+def libpq_url(url: str) -> str:
+    """`url` as libpq reads it. Accepts postgres://, postgresql:// and postgresql+psycopg://."""
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme in ("postgres", "postgresql", "postgresql+psycopg", "postgres+psycopg"):
+        return f"postgresql://{rest}"
+    raise ValidationError(
+        f"database URL begins with {scheme.split(':')[0][:20]!r}; expected postgres://, postgresql:// or postgresql+psycopg://"
+    )
+
+
+def redacted(url: str) -> str:
+    """`url` without its password, fit for logs and reports."""
+    if url.startswith("postgresql://"):
+        parts = conninfo_to_dict(url)
+        parts.pop("password", None)
+        parts.pop("passfile", None)
+        user, host, port, name = (parts.get(key) for key in ("user", "host", "port", "dbname"))
+        host, port = str(host or "localhost"), str(port or 5432)
+        at = f"{user}@" if user else ""
+        if host.startswith("/"):
+            return f"postgresql://{at}/{name or ''}?host={host}"
+        return f"postgresql://{at}{host}:{port}/{name or ''}"
+    split = urlsplit(url)
+    host = split.hostname or ""
+    netloc = (
+        (f"{split.username}@" if split.username else "") + host + (f":{split.port}" if split.port else "")
+    )
+    return urlunsplit((split.scheme, netloc, split.path, "", ""))
+
+
+def session_conninfo(url: str, settings: Settings, *, maintenance: bool = False) -> str:
+    """Connection string of one session: its timeouts and name set, off for maintenance.
+
+    A statement timeout in maintenance would leave an invalid index behind, so there is none there.
+    """
+    statement_ms = 0 if maintenance else int(settings.statement_timeout_s * 1000)
+    idle_ms = 0 if maintenance else int(settings.idle_in_transaction_timeout_s * 1000)
+    parts = conninfo_to_dict(url)
+    options = [str(parts["options"])] if parts.get("options") else []
+    options += [
+        f"-c statement_timeout={statement_ms}",
+        f"-c idle_in_transaction_session_timeout={idle_ms}",
+        "-c client_min_messages=warning",
+    ]
+    parts.setdefault("application_name", "vectorkeep maintenance" if maintenance else "vectorkeep")
+    parts.setdefault("connect_timeout", max(2, round(settings.connect_timeout_s)))
+    return make_conninfo("", **{**parts, "options": " ".join(options)})

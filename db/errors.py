@@ -1,0 +1,112 @@
+"""The exceptions of vectorkeep: one tree, and one place where drivers' errors become ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import psycopg_pool
+import sqlalchemy.exc
+from psycopg import errors as pg
+
+
+class VectorKeepError(Exception):
+    """Base of every error that vectorkeep raises on purpose."""
+
+
+class ValidationError(VectorKeepError, ValueError):
+    """An input is not acceptable. The message tells the actual value, the expected one and the remedy."""
+
+
+class DimensionError(ValidationError):
+    """A vector has another number of dimensions than the store's model."""
+
+
+class SchemaError(VectorKeepError):
+    """The database's schema is not the one that this library works on."""
+
+
+class UnavailableError(VectorKeepError):
+    """A server cannot be reached, or cannot serve now. Trying again later may succeed."""
+
+
+class ClosedError(VectorKeepError):
+    """The store was closed before this call."""
+
+
+class PausedError(VectorKeepError):
+    """Ingestion is paused by an operator."""
+
+
+class BusyError(VectorKeepError):
+    """Another process holds the lock that this needs. The message says who."""
+
+
+class PermissionDeniedError(VectorKeepError):
+    """The database role may not do this."""
+
+
+class MaintenanceIncomplete(VectorKeepError):  # noqa: N818  (a published name)
+    """The store was closed, but the maintenance that was due has not finished."""
+
+
+# Another try may succeed without anybody's help: the connection was lost, the server is starting up,
+# or two transactions got in each other's way.
+TRANSIENT: tuple[type[psycopg.Error], ...] = (
+    pg.SerializationFailure,
+    pg.DeadlockDetected,
+    pg.AdminShutdown,
+    pg.CrashShutdown,
+    pg.CannotConnectNow,
+    pg.ConnectionException,
+    pg.TooManyConnections,
+    pg.IdleInTransactionSessionTimeout,
+)
+
+
+def is_transient(exc: BaseException) -> bool:
+    """Whether a fresh transaction, perhaps on a fresh connection, may succeed where this one failed."""
+    exc = _driver_error(exc)
+    if isinstance(exc, TRANSIENT):
+        return True
+    # libpq reports a connection lost in mid-statement without an SQLSTATE.
+    return type(exc) is psycopg.OperationalError and exc.sqlstate is None
+
+
+def _driver_error(exc: BaseException) -> BaseException:
+    if isinstance(exc, sqlalchemy.exc.DBAPIError) and exc.orig is not None:
+        return exc.orig
+    return exc
+
+
+def from_driver(exc: BaseException) -> VectorKeepError | None:
+    """The error of ours that a driver's error means to a caller, or None where it means a defect."""
+    exc = _driver_error(exc)
+    text = str(exc).strip()
+    match exc:
+        case pg.InsufficientPrivilege():
+            return PermissionDeniedError(f"{text}; grant the role what it lacks, or use another role")
+        case pg.UndefinedTable() | pg.UndefinedColumn() | pg.UndefinedFunction() | pg.UndefinedObject():
+            return SchemaError(f"{text}; bring the schema to head with 'vectorkeep migrate'")
+        case pg.QueryCanceled():
+            return UnavailableError(f"{text}; raise statement_timeout_s if this much time is expected")
+        case pg.LockNotAvailable():
+            return BusyError(f"{text}; another session holds the lock, try again when it has finished")
+        case psycopg_pool.PoolTimeout() | psycopg_pool.TooManyRequests():
+            return UnavailableError(f"no database connection became free: {text}")
+        case psycopg.OperationalError() | pg.InsufficientResources() | pg.ReadOnlySqlTransaction():
+            return UnavailableError(f"the database cannot serve this now: {text}")
+        case _ if is_transient(exc):
+            return UnavailableError(f"the database cannot serve this now: {text}")
+    return None
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise the errors of psycopg, its pool and SQLAlchemy as ours, the cause chained."""
+    try:
+        yield
+    except (psycopg.Error, sqlalchemy.exc.DBAPIError) as exc:
+        ours = from_driver(exc)
+        if ours is None:
+            raise
+        raise ours from exc

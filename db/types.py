@@ -1,0 +1,263 @@
+"""What callers give to a store and what they get back."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32] | Sequence[float]
+Level = Literal["documents", "chunks"]
+Progress = Callable[[int, int | None], None]
+StepProgress = Callable[[str, str | None], None]
+Health = Literal["healthy", "degraded", "critical"]
+
+_ABSENT: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentChunk:
+    """A piece of a document. `id` and `index` are given by the store and filled in when read back."""
+
+    text: str
+    embedding: Vector | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with its vector, metadata and chunks, identified by `id` alone.
+
+    What is absent stays as it is stored: an `embedding` that is not given, `chunks` that are None.
+    What is given empty is removed: `embedding=None`, `chunks=()`. `metadata["workspace"]`, a string,
+    is the document's workspace. `created_at` and `updated_at` are the time of the write where absent.
+    """
+
+    id: str
+    text: str
+    embedding: Vector | None = _ABSENT
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    source_id: str = "batch"
+    chunks: Sequence[DocumentChunk | Mapping[str, Any]] | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    embedding_given: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "embedding_given", self.embedding is not _ABSENT)
+        if not self.embedding_given:
+            object.__setattr__(self, "embedding", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A text to be embedded and stored by `embed_batch` or `sync`."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    source_id: str = "batch"
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors. `model_id` names the model for good: other vectors, other name."""
+
+    model_id: str
+    dimensions: int
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of `texts`, float32, shape (len(texts), dimensions)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertResult:
+    """Counts of a `batch_upsert`. Every input counts in exactly one of the five.
+
+    `superseded` inputs were followed by a later valid one of the same id. `errors` holds
+    (id, reason) of each failed one.
+    """
+
+    inserted: int
+    updated: int
+    unchanged: int
+    superseded: int
+    failed: int
+    errors: list[tuple[str, str]]
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    """Counts of an `embed_batch` or a `sync`. `embedded` is the number of texts sent to the embedder."""
+
+    inserted: int
+    updated: int
+    skipped: int
+    deleted: int
+    superseded: int
+    failed: int
+    errors: list[tuple[str, str]]
+    cache_hits: int
+    embedded: int
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """What a deletion did: documents deleted, chunks removed with them, chunks kept but detached."""
+
+    deleted: int
+    chunks_removed: int
+    chunks_detached: int
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupResult:
+    """What `cleanup_orphaned` found and did. `details` holds one sentence a step.
+
+    `vacuumed` is False, and `details` says why, where the role may not VACUUM.
+    """
+
+    orphaned_chunks: int
+    orphaned_embeddings: int
+    cleaned: bool
+    reclaimed_bytes: int
+    vacuumed: bool
+    details: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result. `score` is 1 − cosine distance, −distance for L2, the product for inner product."""
+
+    id: str
+    document_id: str
+    source_id: str
+    text: str
+    metadata: Mapping[str, Any]
+    distance: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult(Sequence[Hit]):
+    """The hits of a search, nearest first.
+
+    complete: False where fewer than k came back and more may exist.
+    cached: the answer came from the cache, and was checked to be still true.
+    exact: every row that passes the filter was compared.
+    """
+
+    hits: tuple[Hit, ...]
+    complete: bool
+    cached: bool
+    exact: bool
+
+    @overload
+    def __getitem__(self, index: int) -> Hit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Hit]: ...
+    def __getitem__(self, index: int | slice) -> Hit | Sequence[Hit]:
+        return self.hits[index]
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """The state of one vector index, with the reasons of its verdict.
+
+    unindexed_rows: rows with a vector that the index does not hold. stale_percent: rows changed since
+    the index was built, in per cent. used: None where the server cannot tell. recall: None until measured.
+    """
+
+    name: str
+    table: str
+    valid: bool
+    size_bytes: int
+    indexed_rows: int
+    unindexed_rows: int
+    stale_percent: float
+    needs_rebuild: bool
+    used: bool | None
+    recall: float | None
+    verdict: Health
+    reasons: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Performance:
+    """Means and percentiles in milliseconds over the recorded operations of the last seven days."""
+
+    avg_search_ms: float
+    avg_insert_ms: float
+    cache_hit_rate: float
+    percentiles: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counts, storage, health and performance.
+
+    A workspace limits documents, chunks and sources; storage, health and performance are the store's.
+    """
+
+    documents: int
+    chunks: int
+    sources: list[str]
+    storage_mb: float
+    index_health: Health
+    indexes: list[IndexReport]
+    performance: Performance
+    reasons: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """What a bug report needs. `location` is the database URL without its password."""
+
+    total_rows: int
+    revision: str
+    location: str
+    index: IndexReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a maintenance run."""
+
+    name: str
+    outcome: Literal["done", "skipped", "failed", "not permitted", "not reached"]
+    details: str
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class MaintenanceResult:
+    """What a maintenance run did, step by step."""
+
+    steps: list[Step]
+    index_rebuilt: bool
+    index: IndexReport | None
+    bytes_removed: int
+    rows_removed: int
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredHash:
+    """The hashes of one stored document and of its chunks in order, SHA-256."""
+
+    id: str
+    source_id: str
+    text_hash: bytes
+    chunk_hashes: tuple[bytes, ...]

@@ -1,0 +1,1 @@
+"""The operators' tools: the `vectorkeep` command, one file a verb."""
