@@ -1,0 +1,197 @@
+"""How Alembic reaches the database. Nothing here is asynchronous, and everything works from async code:
+
+    await connection.run_sync(lambda sync: upgrade_with(sync))
+
+with the connection in `config.attributes["connection"]`. Without one it opens its own, to the database of
+the library's settings; a `sqlalchemy.url` in the configuration wins over them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.config import fileConfig
+
+import psycopg
+import sqlalchemy
+from alembic import context
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, MetaData, inspect, text
+
+from db.config import Settings, libpq_url
+from db.errors import SchemaError, VectorKeepError
+from db.migration_session import BlockerWatch, direct_engine, explained, migration_session
+from db.models import MAX_INDEXED_DIMENSIONS, Base, vector_index, vector_index_name
+
+config = context.config
+settings = Settings()
+on_wait = config.attributes.get("on_wait")
+lock_timeout_s = float(config.attributes.get("lock_timeout_s", settings.lock_timeout_s))
+
+# Only the command line may set up logging: a program that calls Alembic has its own.
+from_command_line = config.cmd_opts is not None
+if from_command_line and config.config_file_name is not None:
+    fileConfig(config.config_file_name, disable_existing_loggers=False)
+
+VECTOR_TABLES = ("embeddings", "chunks")
+CHANGING = ("upgrade", "downgrade", "do_stamp")
+
+
+def main() -> None:
+    try:
+        if context.is_offline_mode():
+            migrate_offline()
+        else:
+            migrate_online()
+    except VectorKeepError as exc:
+        if from_command_line:
+            raise CommandError(str(exc)) from exc
+        raise
+
+
+def migrate_offline() -> None:
+    context.configure(
+        dialect_name="postgresql",
+        literal_binds=True,
+        transaction_per_migration=True,
+        target_metadata=Base.metadata,
+    )
+    check_rows_may_go()
+    context.get_context().impl.static_output(f"SET lock_timeout = '{round(lock_timeout_s * 1000)}ms';")
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def migrate_online() -> None:
+    match config.attributes.get("connection"):
+        case None:
+            migrate_own_connection()
+        case Engine() as engine:
+            with engine.connect() as connection:
+                migrate(connection)
+        case connection:
+            migrate(connection)
+
+
+def migrate_own_connection() -> None:
+    with database_url() as url, direct_engine(url, settings).connect() as connection:
+        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        connection.commit()
+        with BlockerWatch(url, settings, pid, on_wait) as watch:
+            migrate(connection, watch)
+
+
+@contextmanager
+def database_url() -> Iterator[str]:
+    """The configured URL, else the settings' one, else that of the embedded server, up meanwhile."""
+    url = config.get_main_option("sqlalchemy.url") or settings.maintenance_url
+    url = libpq_url(url) if url else settings.postgres_url()
+    if url is not None:
+        yield url
+        return
+    from db.embedded import acquire
+
+    servers = acquire(settings.home, settings=settings.embedded_settings, redis=False)
+    try:
+        yield servers.database_url
+    finally:
+        servers.release()
+
+
+def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
+    try:
+        context.configure(
+            connection=connection,
+            target_metadata=expected_metadata(connection),
+            transaction_per_migration=True,
+            compare_type=True,
+            compare_server_default=True,
+            include_name=include_name,
+        )
+        if context.get_context().opts["fn"].__name__ not in CHANGING:
+            with context.begin_transaction():
+                context.run_migrations()
+            return
+        with migration_session(connection, lock_timeout_s=lock_timeout_s, on_wait=on_wait):
+            check_rows_may_go()
+            with context.begin_transaction():
+                context.run_migrations()
+    except (sqlalchemy.exc.DBAPIError, psycopg.Error) as exc:
+        ours = explained(exc, lock_timeout_s=lock_timeout_s, blockers=watch.seen if watch else "")
+        if ours is None:
+            raise
+        raise ours from exc
+
+
+def include_name(name: str | None, kind: str, _parents: object) -> bool:
+    """Leave tables that are not ours alone: other programs may live in the same database."""
+    return kind != "table" or name in Base.metadata.tables
+
+
+def expected_metadata(connection: Connection) -> MetaData:
+    """A copy of the models with the vector indexes that the registered model has by right.
+
+    An index that is not there is no difference: no migration makes it, searches work without it, and the
+    doctor reports it. One that is there must be over the right expression.
+    """
+    expected = MetaData(naming_convention=Base.metadata.naming_convention)
+    model, present = registered_model(connection)
+    for table in Base.metadata.sorted_tables:
+        if model is not None and table.name in VECTOR_TABLES and vector_index_name(table.name) in present:
+            vector_index(table, *model).table.to_metadata(expected)
+        else:
+            table.to_metadata(expected)
+    return expected
+
+
+def registered_model(connection: Connection) -> tuple[tuple[int, str] | None, set[str]]:
+    """(dimensions, distance) of the active model, and the names of the vector tables' indexes."""
+    if connection.in_transaction():
+        return None, set()
+    try:
+        inspector = inspect(connection)
+        if not inspector.has_table("embedding_models"):
+            return None, set()
+        row = connection.execute(
+            text("SELECT dimensions, distance FROM embedding_models WHERE active AND dimensions <= :most"),
+            {"most": MAX_INDEXED_DIMENSIONS},
+        ).first()
+        names = {str(index["name"]) for table in VECTOR_TABLES for index in inspector.get_indexes(table)}
+        return (row.dimensions, row.distance) if row else None, names
+    finally:
+        connection.rollback()
+
+
+def check_rows_may_go() -> None:
+    """Raise SchemaError where the planned downgrade would drop rows and nobody said that it may.
+
+    Before the first step, so that a refused downgrade leaves everything as it was.
+    """
+    migration = context.get_context()
+    plan = migration.opts["fn"]
+    allowed = config.attributes.get("drop_rows") or x_argument("drop-rows") == "yes"
+    if plan.__name__ != "downgrade" or allowed:
+        return
+    if migration.as_sql:
+        raise SchemaError("a downgrade as SQL cannot look for rows first; say -x drop-rows=yes to let them go")
+    steps = plan(migration.get_current_heads(), migration)
+    tables = [table for step in steps for table in step.revision.module.drops]
+    counts = {table: count_rows(migration.connection, table) for table in tables}
+    migration.connection.commit()
+    lost = ", ".join(f"{count} of {table}" for table, count in counts.items() if count)
+    if lost:
+        raise SchemaError(
+            f"this downgrade would drop rows: {lost}; nothing was changed; "
+            "say -x drop-rows=yes (alembic) or drop_rows=True (db.migrate.downgrade) to let them go"
+        )
+
+
+def x_argument(name: str) -> str | None:
+    return context.get_x_argument(as_dictionary=True).get(name)
+
+
+def count_rows(connection: Connection, table: str) -> int:
+    return connection.execute(
+        sqlalchemy.select(sqlalchemy.func.count()).select_from(sqlalchemy.table(table))
+    ).scalar_one()
+
+
+main()

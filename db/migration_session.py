@@ -1,0 +1,181 @@
+"""The database session in which migrations run: alone, patient, and able to say who is in the way."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import psycopg
+import sqlalchemy
+from psycopg import errors as pg
+from sqlalchemy import Connection, text
+
+from .config import Settings, session_conninfo
+from .errors import BusyError, SchemaError, VectorKeepError, from_driver
+from .locks import LOCK_CLASS
+
+logger = logging.getLogger("vectorkeep")
+
+OnWait = Callable[[str], None]
+
+_LOCK_KEY = {"class": LOCK_CLASS, "purpose": 0x6462}  # "db"
+_LOCK_POLL_S = 0.1
+_WATCH_POLL_S = 0.1
+
+_TRY_LOCK = text("SELECT pg_try_advisory_lock(:class, :purpose)")
+_UNLOCK = text("SELECT pg_advisory_unlock(:class, :purpose)")
+_SHOW = text("SELECT current_setting(:name, true)")
+_SET = text("SELECT set_config(:name, :value, false)")
+
+_SESSION = """
+    pid, coalesce(nullif(application_name, ''), 'unnamed') AS application, usename AS role, state,
+    extract(epoch FROM clock_timestamp() - xact_start)::bigint AS age_s
+"""
+_LOCK_HOLDER = text(f"""
+    SELECT {_SESSION} FROM pg_stat_activity WHERE pid IN (
+        SELECT pid FROM pg_locks
+        WHERE locktype = 'advisory' AND granted AND objsubid = 2
+          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND classid = CAST(:class AS oid) AND objid = CAST(:purpose AS oid))
+""")  # noqa: S608  (constants)
+_BLOCKERS = f"SELECT {_SESSION} FROM pg_stat_activity WHERE pid = ANY (pg_blocking_pids(%s))"  # noqa: S608
+
+
+def direct_engine(url: str, settings: Settings) -> sqlalchemy.Engine:
+    """An engine that opens connections of their own to `url`, their timeouts off."""
+    conninfo = session_conninfo(url, settings, maintenance=True)
+    return sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(conninfo),
+        poolclass=sqlalchemy.NullPool,
+        use_native_hstore=False,
+    )
+
+
+@contextmanager
+def migration_session(
+    connection: Connection, *, lock_timeout_s: float, on_wait: OnWait | None = None
+) -> Iterator[None]:
+    """Hold the migrations' lock on `connection`, its timeouts off but for `lock_timeout`; restore them after.
+
+    Raises SchemaError where a transaction is open: an index is built CONCURRENTLY outside one.
+    """
+    if connection.in_transaction():
+        raise SchemaError(
+            "migrations need a connection without an open transaction; pass one from engine.connect(), "
+            "not from engine.begin()"
+        )
+    before = _configure(connection, lock_timeout_s)
+    _acquire_lock(connection, on_wait)
+    try:
+        yield
+    finally:
+        if not connection.invalidated:
+            connection.rollback()
+            connection.execute(_UNLOCK, _LOCK_KEY)
+            for name, value in before.items():
+                connection.execute(_SET, {"name": name, "value": value})
+            connection.commit()
+
+
+def _configure(connection: Connection, lock_timeout_s: float) -> dict[str, str]:
+    wanted = {
+        "lock_timeout": f"{round(lock_timeout_s * 1000)}ms",
+        "statement_timeout": "0",
+        "idle_in_transaction_session_timeout": "0",
+        "transaction_timeout": "0",  # from PostgreSQL 17
+    }
+    before = {}
+    for name, value in wanted.items():
+        current = connection.execute(_SHOW, {"name": name}).scalar_one()
+        if current is not None:
+            before[name] = current
+            connection.execute(_SET, {"name": name, "value": value})
+    connection.commit()
+    return before
+
+
+def _acquire_lock(connection: Connection, on_wait: OnWait | None) -> None:
+    # Polled, and outside a transaction between the polls: a session that waits inside a statement holds a
+    # snapshot, and the other upgrader's CREATE INDEX CONCURRENTLY would wait for that for ever.
+    told: str | None = None
+    while not connection.execute(_TRY_LOCK, _LOCK_KEY).scalar_one():
+        holder = connection.execute(_LOCK_HOLDER, _LOCK_KEY).first()
+        connection.commit()
+        if holder is not None and (message := f"another migration runs: {_described(holder)}") != told:
+            told = message
+            _tell(on_wait, message)
+        time.sleep(_LOCK_POLL_S)
+    connection.commit()
+
+
+def _described(session: Any) -> str:
+    pid, application, role, state, age_s = session
+    since = f", in a transaction for {age_s} s" if age_s is not None else ""
+    return f"process {pid} ({application}, role {role}, {state}{since})"
+
+
+def _tell(on_wait: OnWait | None, message: str) -> None:
+    logger.info("migration.waits", extra={"reason": message})
+    if on_wait is not None:
+        on_wait(message)
+
+
+class BlockerWatch:
+    """Looks, from a connection of its own, at who blocks a session. `seen` is the last that did."""
+
+    def __init__(self, url: str, settings: Settings, pid: int, on_wait: OnWait | None = None) -> None:
+        self.seen = ""
+        self._conninfo = session_conninfo(url, settings, maintenance=True)
+        self._pid = pid
+        self._on_wait = on_wait
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vectorkeep-blockers", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with psycopg.connect(self._conninfo, autocommit=True) as connection:
+                told: set[int] = set()
+                while not self._stop.wait(_WATCH_POLL_S):
+                    self._look(connection, told)
+        except psycopg.Error as exc:  # it only explains: without it the migration still runs
+            logger.debug("migration.watch_failed", extra={"reason": str(exc)})
+
+    def _look(self, connection: psycopg.Connection[Any], told: set[int]) -> None:
+        blockers = connection.execute(_BLOCKERS, (self._pid,)).fetchall()
+        if not blockers:
+            return
+        self.seen = ", ".join(_described(blocker) for blocker in blockers)
+        if new := {blocker[0] for blocker in blockers} - told:
+            told |= new
+            _tell(self._on_wait, f"waiting for a lock of {self.seen}")
+
+
+def explained(exc: BaseException, *, lock_timeout_s: float, blockers: str) -> VectorKeepError | None:
+    """The error of ours that says what to do about a migration that failed with `exc`, or None."""
+    cause = exc.orig if isinstance(exc, sqlalchemy.exc.DBAPIError) else exc
+    match cause:
+        case VectorKeepError():
+            return None
+        case pg.LockNotAvailable():
+            return BusyError(
+                f"waited {lock_timeout_s:g} s for a lock of {blockers or 'another session'}; run the migration "
+                "again when that has finished, which is safe: it goes on where it stopped "
+                "(VECTORKEEP_LOCK_TIMEOUT_S sets how long to wait)"
+            )
+        case pg.DuplicateTable():
+            return SchemaError(
+                f"{cause.diag.message_primary}, and vectorkeep did not make it; 'vectorkeep migrate --adopt' "
+                "takes over plain tables, or use another database"
+            )
+    return from_driver(exc)
