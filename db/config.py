@@ -51,16 +51,13 @@ class Settings(BaseSettings):
     idle_in_transaction_timeout_s: float = Field(default=60, gt=0)
     lock_timeout_s: float = Field(default=5, gt=0)
     prepare_threshold: int | None = 5
+    maintenance_on_close: bool = False
     debug: bool = False
 
-    postgres_host: str | None = Field(
-        default=None, validation_alias=AliasChoices("postgres_host", "POSTGRES_HOST")
-    )
+    postgres_host: str | None = Field(default=None, validation_alias=AliasChoices("postgres_host", "POSTGRES_HOST"))
     postgres_port: int = Field(default=5432, validation_alias=AliasChoices("postgres_port", "POSTGRES_PORT"))
     postgres_db: str | None = Field(default=None, validation_alias=AliasChoices("postgres_db", "POSTGRES_DB"))
-    postgres_user: str | None = Field(
-        default=None, validation_alias=AliasChoices("postgres_user", "POSTGRES_USER")
-    )
+    postgres_user: str | None = Field(default=None, validation_alias=AliasChoices("postgres_user", "POSTGRES_USER"))
     postgres_password: pydantic.SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("postgres_password", "POSTGRES_PASSWORD")
     )
@@ -86,7 +83,8 @@ class Settings(BaseSettings):
         database = quote(self.postgres_db or "", safe="")
         at = f"{user}@" if user else ""
         if self.postgres_host.startswith("/"):
-            return f"postgresql://{at}/{database}?host={quote(self.postgres_host, safe='')}&port={self.postgres_port}"
+            folder = quote(self.postgres_host, safe="")
+            return f"postgresql://{at}/{database}?host={folder}&port={self.postgres_port}"
         return f"postgresql://{at}{self.postgres_host}:{self.postgres_port}/{database}"
 
 
@@ -114,9 +112,7 @@ def redacted(url: str) -> str:
         return f"postgresql://{at}{host}:{port}/{name or ''}"
     split = urlsplit(url)
     host = split.hostname or ""
-    netloc = (
-        (f"{split.username}@" if split.username else "") + host + (f":{split.port}" if split.port else "")
-    )
+    netloc = (f"{split.username}@" if split.username else "") + host + (f":{split.port}" if split.port else "")
     return urlunsplit((split.scheme, netloc, split.path, "", ""))
 
 

@@ -1,0 +1,93 @@
+"""Which of a batch's documents differ from what is stored: hashes are compared, never texts or vectors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import Connection, Cursor
+
+from .documents import ItemHashes, PreparedDocument
+
+# Of the rows of a batch, those that are new or differ in a part that was given.
+_CHANGED = """
+    SELECT given.id
+    FROM unnest(%(ids)b::text[], %(content)b::bytea[],
+                %(vector_given)b::bool[], %(vector)b::bytea[],
+                %(chunks_given)b::bool[], %(chunks)b::bytea[])
+         AS given (id, content_hash, vector_given, vector_hash, chunks_given, chunks_hash)
+    LEFT JOIN embeddings AS stored ON stored.id = given.id
+    WHERE stored.content_hash IS DISTINCT FROM given.content_hash
+       OR given.vector_given AND stored.vector_hash IS DISTINCT FROM given.vector_hash
+       OR given.chunks_given AND stored.chunks_hash IS DISTINCT FROM given.chunks_hash
+"""
+
+# Of the items of a batch, those to write; true where the stored vector is still the text's own.
+_CHANGED_ITEMS = """
+    SELECT given.id,
+           coalesce(stored.text_hash = given.text_hash AND stored.model_id = %(model_id)s
+                    AND stored.vector_hash IS NOT NULL, false)
+    FROM unnest(%(ids)b::text[], %(text)b::bytea[], %(content)b::bytea[])
+         AS given (id, text_hash, content_hash)
+    LEFT JOIN embeddings AS stored ON stored.id = given.id
+    WHERE stored.content_hash IS DISTINCT FROM given.content_hash
+       OR stored.model_id IS DISTINCT FROM %(model_id)s
+       OR stored.vector_hash IS NULL
+"""
+
+_LOCK_STORED = """
+    SELECT id, source_id, workspace, content_hash, vector_hash, chunks_hash
+    FROM embeddings WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """What is stored of a document, as far as an upsert must know it."""
+
+    source_id: str
+    workspace: str | None
+    content_hash: bytes | None
+    vector_hash: bytes | None
+    chunks_hash: bytes | None
+
+    def content_differs(self, document: PreparedDocument) -> bool:
+        return self.content_hash != document.content_hash
+
+    def vector_differs(self, document: PreparedDocument) -> bool:
+        return document.vector_given and self.vector_hash != document.vector_hash
+
+    def chunks_differ(self, document: PreparedDocument) -> bool:
+        return document.chunks is not None and self.chunks_hash != document.chunks_hash
+
+    def differs(self, document: PreparedDocument) -> bool:
+        return self.content_differs(document) or self.vector_differs(document) or self.chunks_differ(document)
+
+
+def changed_ids(connection: Connection[Any], documents: Sequence[PreparedDocument]) -> set[str]:
+    """Ids of the `documents` that are not stored just so. Takes no lock and writes nothing."""
+    parameters = {
+        "ids": [d.id for d in documents],
+        "content": [d.content_hash for d in documents],
+        "vector_given": [d.vector_given for d in documents],
+        "vector": [d.vector_hash for d in documents],
+        "chunks_given": [d.chunks is not None for d in documents],
+        "chunks": [d.chunks_hash for d in documents],
+    }
+    return {row[0] for row in connection.execute(_CHANGED, parameters)}
+
+
+def changed_items(connection: Connection[Any], items: Sequence[ItemHashes], model_id: str) -> dict[str, bool]:
+    """Ids of the `items` that differ from what is stored; the value tells whether the vector may stay."""
+    parameters = {
+        "ids": [item.id for item in items],
+        "text": [item.text_hash for item in items],
+        "content": [item.content_hash for item in items],
+        "model_id": model_id,
+    }
+    return dict(connection.execute(_CHANGED_ITEMS, parameters).fetchall())
+
+
+def lock_stored(cursor: Cursor[Any], ids: Sequence[str]) -> dict[str, StoredRow]:
+    """Lock the rows of `ids` that exist, in order of id so that writers never deadlock, and read them."""
+    cursor.execute(_LOCK_STORED, (sorted(ids),))
+    return {row[0]: StoredRow(*row[1:]) for row in cursor}

@@ -1,0 +1,287 @@
+"""Documents made ready to be stored: checked, hashed and encoded, before anything travels.
+
+A stored row has one hash for each part that a caller can give or leave out. `content_hash` covers the
+text, source and metadata; `vector_hash` the model and the vector's float32 bytes; `chunks_hash` all
+chunks. A part that a document does not give is neither compared nor written.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Protocol
+
+import orjson
+
+from .errors import ValidationError
+from .types import Document, DocumentChunk, Item
+
+MAX_KEY_BYTES = 1024
+_MAX_DEPTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChunk:
+    id: str
+    index: int
+    text: str
+    text_hash: bytes
+    vector: bytes | None
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedDocument:
+    """A document as the tables hold it. `chunks` None, `vector_given` False: what is stored stays."""
+
+    id: str
+    source_id: str
+    workspace: str | None
+    text: str
+    metadata: bytes
+    text_hash: bytes
+    content_hash: bytes
+    vector_given: bool
+    vector: bytes | None
+    vector_hash: bytes | None
+    chunks: tuple[PreparedChunk, ...] | None
+    chunks_hash: bytes | None
+    created_at: datetime | None
+    updated_at: datetime | None
+
+
+class VectorCodec(Protocol):
+    """What a store's model asks of every vector (see `db.registry.StoreModel`)."""
+
+    @property
+    def model_id(self) -> str: ...
+
+    def encode(self, value: Any) -> bytes:
+        """`value` checked, in binary form. Raises ValidationError."""
+        ...
+
+
+def text_hash(text: str) -> bytes:
+    return sha256(text.encode()).digest()
+
+
+def content_hash(text_digest: bytes, source_id: str, metadata: bytes) -> bytes:
+    """Hash of what the caller wrote. `metadata` is canonical JSON, see `canonical_metadata`."""
+    return sha256(text_digest + orjson.dumps(source_id) + metadata).digest()
+
+
+def prepare(document: Document | Mapping[str, Any], model: VectorCodec) -> PreparedDocument:
+    """`document` checked and hashed. Raises ValidationError with the reason."""
+    document = as_document(document)
+    hashed = hash_item(Item(document.id, document.text, document.metadata, document.source_id))
+    prepared = prepare_item(hashed, document.embedding, document.chunks, model)
+    return replace(
+        prepared,
+        vector_given=document.embedding_given,
+        created_at=_check_time("created_at", document.created_at),
+        updated_at=_check_time("updated_at", document.updated_at),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ItemHashes:
+    """A checked item with the hashes by which it is compared, before anything is embedded."""
+
+    id: str
+    source_id: str
+    workspace: str | None
+    text: str
+    metadata: bytes
+    text_hash: bytes
+    content_hash: bytes
+
+
+def hash_item(item: Item) -> ItemHashes:
+    """`item` checked and hashed. Raises ValidationError with the reason."""
+    check_key("id", item.id)
+    check_key("source_id", item.source_id)
+    check_text(item.text)
+    metadata = canonical_metadata(item.metadata)
+    digest = text_hash(item.text)
+    return ItemHashes(
+        id=item.id,
+        source_id=item.source_id,
+        workspace=workspace_of(item.metadata),
+        text=item.text,
+        metadata=metadata,
+        text_hash=digest,
+        content_hash=content_hash(digest, item.source_id, metadata),
+    )
+
+
+def prepare_item(item: ItemHashes, embedding: Any, chunks: Any, model: VectorCodec) -> PreparedDocument:
+    """The document of a checked item; `embedding` and `chunks` None: what is stored stays."""
+    vector = _encode(embedding, model)
+    prepared = None if chunks is None else _prepare_chunks(item.id, chunks, model)
+    return PreparedDocument(
+        id=item.id,
+        source_id=item.source_id,
+        workspace=item.workspace,
+        text=item.text,
+        metadata=item.metadata,
+        text_hash=item.text_hash,
+        content_hash=item.content_hash,
+        vector_given=vector is not None,
+        vector=vector,
+        vector_hash=None if vector is None else vector_hash(model.model_id, vector),
+        chunks=prepared,
+        chunks_hash=_chunks_hash(prepared) if prepared else None,
+        created_at=None,
+        updated_at=None,
+    )
+
+
+def vector_hash(model_id: str, vector: bytes) -> bytes:
+    return sha256(model_id.encode() + b"\0" + vector).digest()
+
+
+def as_document(value: Document | Mapping[str, Any]) -> Document:
+    """`value` as a Document. Raises ValidationError where a mapping has keys that mean nothing."""
+    if isinstance(value, Document):
+        return value
+    return Document(**_known_keys(value, Document, required=("id", "text")))
+
+
+def as_item(value: Item | Mapping[str, Any]) -> Item:
+    """`value` as an Item. Raises ValidationError where a mapping has keys that mean nothing."""
+    if isinstance(value, Item):
+        return value
+    return Item(**_known_keys(value, Item, required=("id", "text")))
+
+
+def _known_keys(value: Any, kind: type, *, required: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValidationError(f"got a {type(value).__name__}; expected a {kind.__name__} or a mapping")
+    known = [f.name for f in fields(kind) if f.init]
+    missing = [key for key in required if key not in value]
+    unknown = [key for key in value if key not in known]
+    if missing:
+        raise ValidationError(f"{missing[0]} is missing")
+    if unknown:
+        raise ValidationError(f"unknown key {unknown[0]!r}; expected some of {', '.join(known)}")
+    return dict(value)
+
+
+def check_key(name: str, value: Any) -> str:
+    """`value` as an id, source or workspace: a string, not empty, at most 1 KiB, that UTF-8 can hold."""
+    if not isinstance(value, str) or not value:
+        raise ValidationError(f"{name} is {_shown(value)}; expected a string that is not empty")
+    size = len(_utf8(name, value))
+    if size > MAX_KEY_BYTES:
+        raise ValidationError(f"{name} has {size} bytes; expected at most {MAX_KEY_BYTES}")
+    return value
+
+
+def check_text(value: Any, name: str = "text") -> None:
+    if not isinstance(value, str) or not value:
+        raise ValidationError(f"{name} is {_shown(value)}; expected a string that is not empty")
+    _utf8(name, value)
+
+
+def workspace_of(metadata: Mapping[str, Any]) -> str | None:
+    """The workspace that `metadata` names, or None. Raises ValidationError where it is not a string."""
+    if "workspace" not in metadata:
+        return None
+    return check_key("metadata['workspace']", metadata["workspace"])
+
+
+def canonical_metadata(metadata: Any) -> bytes:
+    """`metadata` as JSON with sorted keys: equal objects give equal bytes.
+
+    Raises ValidationError where it is not an object or would not read back as it was written.
+    """
+    if not isinstance(metadata, Mapping):
+        raise ValidationError(f"metadata is {_shown(metadata)}; expected an object")
+    plain = _plain_json(metadata, "metadata", 0)
+    try:
+        return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
+    except (TypeError, RecursionError) as exc:
+        raise ValidationError(f"metadata is not JSON-serializable: {exc}") from exc
+
+
+def _plain_json(value: Any, where: str, depth: int) -> Any:
+    """`value` in JSON's own types. orjson alone would turn NaN into null and dates into strings."""
+    if depth > _MAX_DEPTH:
+        raise ValidationError(f"metadata is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, str):
+        _utf8(where, value)
+        return value
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValidationError(f"{where} is {value}; JSON has no such number")
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValidationError(f"{where} has the key {_shown(key)}; expected strings as keys")
+            _utf8(f"a key of {where}", key)
+        return {key: _plain_json(item, f"{where}[{key[:40]!r}]", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(item, f"{where}[{n}]", depth + 1) for n, item in enumerate(value)]
+    raise ValidationError(f"{where} is a {type(value).__name__}, which is not JSON-serializable")
+
+
+def _encode(embedding: Any, model: VectorCodec) -> bytes | None:
+    return None if embedding is None else model.encode(embedding)
+
+
+def _prepare_chunks(document_id: str, chunks: Any, model: VectorCodec) -> tuple[PreparedChunk, ...]:
+    if isinstance(chunks, str | bytes | Mapping) or not isinstance(chunks, Sequence):
+        raise ValidationError(f"chunks is {_shown(chunks)}; expected a sequence of chunks")
+    return tuple(_prepare_chunk(document_id, n, chunk, model) for n, chunk in enumerate(chunks))
+
+
+def _prepare_chunk(document_id: str, index: int, chunk: Any, model: VectorCodec) -> PreparedChunk:
+    try:
+        if not isinstance(chunk, DocumentChunk):
+            chunk = DocumentChunk(**_known_keys(chunk, DocumentChunk, required=("text",)))
+        check_text(chunk.text)
+        return PreparedChunk(
+            id=f"{document_id}#{index}",
+            index=index,
+            text=chunk.text,
+            text_hash=text_hash(chunk.text),
+            vector=_encode(chunk.embedding, model),
+            metadata=canonical_metadata(chunk.metadata),
+        )
+    except ValidationError as exc:
+        raise type(exc)(f"chunk {index}: {exc}") from exc
+
+
+def _chunks_hash(chunks: Sequence[PreparedChunk]) -> bytes:
+    digest = sha256()
+    for chunk in chunks:
+        digest.update(chunk.text_hash)
+        digest.update(sha256(chunk.metadata).digest())
+        digest.update(b"\0" if chunk.vector is None else sha256(chunk.vector).digest())
+    return digest.digest()
+
+
+def _check_time(name: str, value: Any) -> datetime | None:
+    if value is None:
+        return None
+    if not isinstance(value, datetime) or value.utcoffset() is None:
+        raise ValidationError(f"{name} is {_shown(value)}; expected a datetime with a time zone")
+    return value
+
+
+def _utf8(name: str, value: str) -> bytes:
+    if "\0" in value:
+        raise ValidationError(f"{name} has a NUL character, which PostgreSQL cannot store; remove it")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as exc:
+        raise ValidationError(f"{name} has a lone surrogate at {exc.start}; it is not valid text") from exc
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

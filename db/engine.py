@@ -1,0 +1,190 @@
+"""Connections: one pool, psycopg's, under a SQLAlchemy engine; and direct ones for maintenance."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+import psycopg
+import sqlalchemy
+from psycopg import Connection, Cursor
+from psycopg.abc import Params, Query
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg_pool import ConnectionPool
+from sqlalchemy import event
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.pool import NullPool
+
+from . import vectors
+from .config import Settings, redacted, session_conninfo
+from .errors import UnavailableError
+
+logger = logging.getLogger("vectorkeep")
+
+# What identifies this store, and this life of it. A snapshot taken in another life means nothing in this
+# one: after a crash aborted transaction ids are used again (statistics are reset then), after a promotion
+# the timeline differs, after a restore in place the table's OID does. The control file's timeline lags.
+_IDENTITY = """
+    SELECT system_identifier || '-' || (SELECT oid FROM pg_database WHERE datname = current_database()),
+           concat_ws(':',
+               CASE WHEN pg_is_in_recovery() THEN 'replica'
+                    ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END,
+               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_wal),
+               current_user),
+           coalesce(to_regclass('write_log')::oid, 0)::bigint,
+           pg_is_in_recovery()
+    FROM pg_control_system()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which store a connection is to, and in which life of it.
+
+    store: names the database among all databases. life: changes with a crash, a promotion and the role.
+    write_log: the table's OID, which a restore in place changes. replica: the server is a standby.
+    """
+
+    store: str
+    life: str
+    write_log: int
+    replica: bool
+
+
+class StoreConnection(Connection[Any]):
+    """A pooled connection that knows what it is connected to."""
+
+    identity: Identity
+
+    def identify(self) -> None:
+        [row] = self.execute(_IDENTITY, prepare=False).fetchall()
+        self.identity = Identity(*row)
+
+
+class _Dialect(PGDialect_psycopg):
+    """psycopg's dialect without its notice handler.
+
+    SQLAlchemy takes each checkout for a new connection and would add one more handler every time.
+    """
+
+    supports_statement_cache = True
+
+    def on_connect(self) -> None:
+        return None
+
+
+registry.register("postgresql.vectorkeep", __name__, "_Dialect")
+
+
+class _LoggingCursor(Cursor[Any]):
+    """Logs every statement with its time (VECTORKEEP_DEBUG=1)."""
+
+    def execute(self, query: Query, params: Params | None = None, **kwargs: Any) -> "_LoggingCursor":
+        started = time.perf_counter()
+        try:
+            return super().execute(query, params, **kwargs)  # type: ignore[arg-type]
+        finally:
+            text = query.as_string(self) if hasattr(query, "as_string") else str(query)
+            elapsed_ms = (time.perf_counter() - started) * 1000
+            logger.debug("sql %.2f ms: %s", elapsed_ms, " ".join(text.split()))
+
+
+class Database:
+    """The connections of one store."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.url = url
+        self.settings = settings
+        self.identity: Identity | None = None  # as the newest connection saw it
+        self._maintenance_url = settings.maintenance_url or url
+        self.pool: ConnectionPool[StoreConnection] = ConnectionPool(
+            session_conninfo(url, settings),
+            connection_class=StoreConnection,
+            kwargs={"autocommit": True, "prepare_threshold": settings.prepare_threshold},
+            min_size=0,
+            max_size=settings.pool_max,
+            max_idle=settings.pool_idle_s,
+            timeout=settings.pool_timeout_s,
+            reconnect_timeout=settings.pool_timeout_s,
+            configure=self._configure,
+            reset=_reset,
+            check=ConnectionPool.check_connection,
+            close_returns=True,
+            name="vectorkeep",
+            open=False,
+        )
+        self.engine = self._make_engine()
+
+    @property
+    def location(self) -> str:
+        """The database URL without its password."""
+        return redacted(self.url)
+
+    def open(self) -> None:
+        self.pool.open()
+
+    def close(self) -> None:
+        self.pool.close()
+
+    @contextmanager
+    def connection(self) -> Iterator[StoreConnection]:
+        """A pooled connection in autocommit: each statement is its own transaction."""
+        with self.pool.connection() as connection:
+            yield connection
+
+    @contextmanager
+    def maintenance(self) -> Iterator[Connection[Any]]:
+        """A direct connection in autocommit, its timeouts off: for VACUUM, index builds, session locks."""
+        with connect_directly(self._maintenance_url, self.settings) as connection:
+            yield connection
+
+    def _configure(self, connection: StoreConnection) -> None:
+        adapt(connection, debug=self.settings.debug)
+        connection.identify()
+        self.identity = connection.identity
+
+    def _make_engine(self) -> sqlalchemy.Engine:
+        engine = sqlalchemy.create_engine(
+            "postgresql+vectorkeep://", poolclass=NullPool, creator=self._checkout, use_native_hstore=False
+        )
+        event.listen(engine, "close", self._give_back_dead)
+        return engine
+
+    def _checkout(self) -> Any:
+        connection = self.pool.getconn()
+        connection.autocommit = False  # SQLAlchemy counts on psycopg to begin its transactions
+        return connection
+
+    def _give_back_dead(self, connection: Any, _record: Any) -> None:
+        # psycopg's close() gives a live connection back, but returns at once on one that the server
+        # killed: the pool would count it as lent for ever.
+        if connection.closed:
+            self.pool.putconn(cast(StoreConnection, connection))
+
+
+def _reset(connection: Connection[Any]) -> None:
+    if not connection.autocommit:
+        connection.autocommit = True
+
+
+def adapt(connection: Connection[Any], *, debug: bool = False) -> None:
+    """Teach `connection` our vectors and a fast, exact JSON."""
+    vectors.register(connection)
+    set_json_loads(orjson.loads, connection)
+    set_json_dumps(orjson.dumps, connection)
+    if debug:
+        connection.cursor_factory = _LoggingCursor
+
+
+def connect_directly(url: str, settings: Settings) -> Connection[Any]:
+    """A direct connection in autocommit, its timeouts off. Raises UnavailableError."""
+    try:
+        connection = psycopg.connect(session_conninfo(url, settings, maintenance=True), autocommit=True)
+    except psycopg.OperationalError as exc:
+        raise UnavailableError(f"cannot connect to PostgreSQL: {str(exc).strip()}") from exc
+    adapt(connection, debug=settings.debug)
+    return connection

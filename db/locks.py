@@ -1,0 +1,69 @@
+"""Advisory locks: what they are called, and how to wait for one without harming anybody."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any
+
+from psycopg import Connection
+
+from .errors import BusyError
+
+# First key of every advisory lock of ours ("vk"); the second is the purpose.
+LOCK_CLASS = 0x766B
+_POLL_S = 0.05
+
+_HOLDER = """
+    SELECT activity.pid, activity.application_name, activity.usename, activity.client_addr
+    FROM pg_locks AS lock JOIN pg_stat_activity AS activity USING (pid)
+    WHERE lock.locktype = 'advisory' AND lock.granted AND lock.objsubid = 2
+      AND lock.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND lock.classid = %s::oid AND lock.objid = %s::oid
+    LIMIT 1
+"""
+
+
+class Purpose(IntEnum):
+    """What an advisory lock of ours protects."""
+
+    WRITERS = 1  # shared by every write transaction, exclusive to whoever must keep them out
+    REGISTRY = 2
+    MAINTENANCE = 3
+
+
+@contextmanager
+def advisory_lock(connection: Connection[Any], purpose: Purpose, *, wait_s: float) -> Iterator[None]:
+    """Hold a session lock on `connection`, a direct one in autocommit. Raises BusyError after `wait_s`.
+
+    It polls: a session that waits inside a statement holds a snapshot, and whoever has the lock and
+    builds an index CONCURRENTLY would wait for that snapshot for ever.
+    """
+    deadline = time.monotonic() + wait_s
+    key = (LOCK_CLASS, int(purpose))
+    while not _try_lock(connection, key):
+        if time.monotonic() >= deadline:
+            raise BusyError(
+                f"{purpose.name.lower()} is locked by {lock_holder(connection, purpose)}; "
+                f"gave up after {wait_s:g} s, try again when it has finished"
+            )
+        time.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            connection.execute("SELECT pg_advisory_unlock(%s, %s)", key)
+
+
+def _try_lock(connection: Connection[Any], key: tuple[int, int]) -> bool:
+    row = connection.execute("SELECT pg_try_advisory_lock(%s, %s)", key).fetchone()
+    return bool(row and row[0])
+
+
+def lock_holder(connection: Connection[Any], purpose: Purpose) -> str:
+    """Who holds the lock, for a message to a person."""
+    row = connection.execute(_HOLDER, (LOCK_CLASS, int(purpose))).fetchone()
+    if row is None:
+        return "nobody any more"
+    pid, application, user, address = row
+    return f"process {pid} ({application or 'unnamed'}, user {user}, {address or 'local'})"

@@ -1,0 +1,109 @@
+"""Operation metrics, recorded off the caller's path: buffered, bounded, flushed in the background."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import psycopg
+import psycopg_pool
+
+from .engine import Database
+
+logger = logging.getLogger("vectorkeep")
+
+_MAX_BUFFERED = 10_000
+_FLUSH_EVERY_S = 2.0
+
+_INSERT = """
+    INSERT INTO performance_metrics (operation, duration_ms, success, error_message, metadata, created_at)
+    SELECT * FROM unnest(%s::text[], %s::float8[], %s::bool[], %s::text[], %s::jsonb[], %s::timestamptz[])
+"""
+
+
+@dataclass
+class Operation:
+    """One running operation. `counts` goes into the metric's metadata."""
+
+    name: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed_ms(self) -> float:
+        return (time.perf_counter() - self.started) * 1000
+
+
+class MetricsRecorder:
+    """Records operations; a failing write of metrics never fails or slows what they measure.
+
+    At most 10,000 wait to be written; the oldest are dropped beyond that. `background` is called by the
+    same thread at each round: other work that must not be on a caller's path.
+    """
+
+    def __init__(self, database: Database, background: Callable[[], None]) -> None:
+        self._database = database
+        self._background = background
+        self._buffer: deque[tuple[Any, ...]] = deque(maxlen=_MAX_BUFFERED)
+        self._wake = threading.Event()
+        self._closing = False
+        self._warned = False
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[Operation]:
+        """Time the block as operation `name`, its success and error recorded."""
+        operation = Operation(name)
+        try:
+            yield operation
+        except BaseException as exc:
+            self._record(operation, f"{type(exc).__name__}: {exc}"[:500])
+            raise
+        self._record(operation, None)
+
+    def _record(self, operation: Operation, error: str | None) -> None:
+        counts = orjson.dumps(operation.counts).decode()
+        row = (operation.name, operation.elapsed_ms, error is None, error, counts, datetime.now(UTC))
+        self._buffer.append(row)
+        self.start()
+
+    def start(self) -> None:
+        """Start the background thread, once."""
+        with self._lock:
+            if self._thread is None and not self._closing:
+                self._thread = threading.Thread(target=self._run, name="vectorkeep-metrics", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(_FLUSH_EVERY_S)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits. Never raises; what the server refuses is dropped, with one warning."""
+        rows = [self._buffer.popleft() for _ in range(len(self._buffer))]
+        try:
+            if rows:
+                with self._database.connection() as connection:
+                    connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
+            self._background()
+        except (psycopg.Error, psycopg_pool.PoolClosed) as exc:
+            if not self._warned:
+                logger.warning("metrics.not_written", extra={"dropped": len(rows), "reason": str(exc).strip()})
+            self._warned = True
+
+    def close(self) -> None:
+        """Stop the thread and write the rest."""
+        with self._lock:
+            self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        self.flush()

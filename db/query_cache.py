@@ -1,0 +1,211 @@
+"""Search results in Redis, served again only while they are still true.
+
+A cached result carries the snapshot it was computed in and the one tag it depends on. In strict mode it
+is valid only if `write_log` holds no write with that tag that the snapshot did not see, and nothing that
+the snapshot might have missed was pruned: one statement asks both, so whatever happens to Redis, and
+wherever a writer dies, no answer is older than an acknowledged write. In bounded mode the database is not
+asked: every write changes the tag's generation in Redis, and no answer is served beyond `bounded_ttl_s`.
+
+Generations are random tokens, not counters: one that Redis evicted or lost never comes back by counting.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+import orjson
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .circuit_breaker import CircuitBreaker
+from .config import Settings
+from .engine import Database, Identity, StoreConnection
+from .transactions import EVERYTHING, LoggedWrite
+from .types import Hit, SearchResult
+
+logger = logging.getLogger("vectorkeep")
+
+_CONNECT_TIMEOUT_S = 0.05
+_TIMEOUT_S = 0.08
+
+_STILL_TRUE = """
+    SELECT coalesce(to_regclass('write_log')::oid, 0)::bigint,
+           pg_snapshot_xmin(%(snapshot)s::pg_snapshot) >= (SELECT xid FROM write_log_watermark)
+           AND NOT EXISTS (
+               SELECT FROM write_log
+               WHERE xid >= pg_snapshot_xmin(%(snapshot)s::pg_snapshot)
+                 AND tags && %(tags)s
+                 AND NOT pg_visible_in_snapshot(xid, %(snapshot)s::pg_snapshot))
+"""
+
+_UNDELIVERED = """
+    SELECT id, tags FROM write_log
+    WHERE delivered_at IS NULL AND created_at < clock_timestamp() - interval '1 second'
+    ORDER BY id LIMIT 500
+    FOR UPDATE SKIP LOCKED
+"""
+_DELIVERED = "UPDATE write_log SET delivered_at = clock_timestamp() WHERE id = ANY(%s)"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """What a search asks, and the tag that its answer depends on."""
+
+    question: Sequence[Any]
+    tag: str
+
+    def text(self, identity: Identity) -> str:
+        return orjson.dumps([identity.life, identity.write_log, *self.question]).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where an answer is to be stored: the place, and the generations as they were before it was computed."""
+
+    name: str
+    key: str
+    generations: list[str]
+
+
+class QueryCache:
+    """The cache of one store. Every method does without Redis where Redis does not answer."""
+
+    def __init__(self, database: Database, client: redis.Redis, settings: Settings) -> None:
+        self.client = client
+        self._database = database
+        self._ttl_s = settings.cache_ttl_s
+        self._bounded_ttl_s = settings.bounded_ttl_s
+        self.breaker = CircuitBreaker()
+
+    @staticmethod
+    def connect(url: str) -> redis.Redis:
+        """A client that gives up within 100 ms: redis-py's own patience stalled a read for a minute."""
+        return redis.Redis.from_url(
+            url,
+            socket_connect_timeout=_CONNECT_TIMEOUT_S,
+            socket_timeout=_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_error=[],
+            health_check_interval=0,
+        )
+
+    def look_up_bounded(self, key: CacheKey) -> tuple[SearchResult | None, Slot | None]:
+        """A result of this generation and not older than the bound, or where to store a new one."""
+        if self._database.identity is None:
+            return None, None
+        value, slot = self._read(key, self._database.identity)
+        if value is None or value["age_s"] > self._bounded_ttl_s:
+            return None, slot
+        return _result(value), slot
+
+    def look_up_strict(self, key: CacheKey, connection: StoreConnection) -> tuple[SearchResult | None, Slot | None]:
+        """A result that no write has made wrong, or where to store a new one."""
+        value, slot = self._read(key, connection.identity)
+        if value is None:
+            return None, slot
+        parameters = {"snapshot": value["snapshot"], "tags": [key.tag, EVERYTHING]}
+        [(write_log, still_true)] = connection.execute(_STILL_TRUE, parameters).fetchall()
+        if write_log != connection.identity.write_log:  # restored in place under an open connection
+            connection.identify()
+            return None, None
+        return (_result(value) if still_true else None), slot
+
+    def store(self, slot: Slot, result: SearchResult, snapshot: str) -> None:
+        """Keep `result`, computed in `snapshot`, in the slot that its look-up gave."""
+        value = orjson.dumps(
+            {
+                "key": slot.key,
+                "generations": slot.generations,
+                "snapshot": snapshot,
+                "ttl_s": self._ttl_s,
+                "hits": [asdict(hit) for hit in result],
+                "complete": result.complete,
+                "exact": result.exact,
+            }
+        )
+        with self.breaker.guard():
+            self.client.set(slot.name, value, ex=self._ttl_s)
+
+    def invalidate(self, tags: Sequence[str]) -> bool:
+        """Start a new generation of each tag. False where Redis did not take it: to be delivered later."""
+        identity = self._database.identity
+        if identity is None or not self.breaker.closed:
+            return False
+        with self.breaker.guard():
+            pipeline = self.client.pipeline(transaction=False)
+            for tag in tags:
+                pipeline.set(_generation_name(identity, tag), secrets.token_hex(8), ex=2 * self._ttl_s)
+            pipeline.execute()
+            return True
+        return False
+
+    def deliver(self, write: LoggedWrite) -> bool:
+        return self.invalidate(write.tags)
+
+    def mark_delivered(self, write_ids: Sequence[int]) -> None:
+        with self._database.connection() as connection, connection.transaction():
+            connection.execute("SET LOCAL synchronous_commit = off")  # a mark lost is only delivered again
+            connection.execute(_DELIVERED, (list(write_ids),))
+
+    def deliver_undelivered(self) -> int:
+        """Deliver the writes whose own process did not. Returns how many were delivered."""
+        if not self.breaker.closed:
+            return 0
+        with self._database.connection() as connection, connection.transaction():
+            rows = connection.execute(_UNDELIVERED).fetchall()
+            tags = sorted({tag for _, write_tags in rows for tag in write_tags})
+            if not rows or not self.invalidate(tags):
+                return 0
+            connection.execute(_DELIVERED, ([row[0] for row in rows],))
+            return len(rows)
+
+    def _read(self, key: CacheKey, identity: Identity) -> tuple[Mapping[str, Any] | None, Slot | None]:
+        if identity.replica or not self.breaker.closed:
+            return None, None
+        text = key.text(identity)
+        name = f"vectorkeep:{identity.store}:q:{sha256(text.encode()).hexdigest()}"
+        names = [_generation_name(identity, tag) for tag in (key.tag, EVERYTHING)]
+        with self.breaker.guard():
+            pipeline = self.client.pipeline(transaction=False)
+            pipeline.mget([name, *names])
+            pipeline.pttl(name)
+            (raw, *tokens), ttl_ms = pipeline.execute()
+            generations = [
+                token.decode() if token else self._begin_generation(n) for n, token in zip(names, tokens, strict=True)
+            ]
+            value = _decode(raw, text, generations, ttl_ms)
+            return value, Slot(name, text, generations)
+        return None, None
+
+    def _begin_generation(self, name: str) -> str:
+        token = secrets.token_hex(8)
+        present = self.client.set(name, token, ex=2 * self._ttl_s, nx=True, get=True)
+        return present.decode() if isinstance(present, bytes) else token
+
+
+def _generation_name(identity: Identity, tag: str) -> str:
+    return f"vectorkeep:{identity.store}:g:{tag}"
+
+
+def _decode(raw: bytes | None, key: str, generations: list[str], ttl_ms: int) -> dict[str, Any] | None:
+    """The stored value where it answers exactly `key` in these generations, with its age."""
+    if raw is None:
+        return None
+    try:
+        value: dict[str, Any] = orjson.loads(raw)
+        if value["key"] != key or value["generations"] != generations:
+            return None
+        value["age_s"] = value["ttl_s"] - ttl_ms / 1000
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        logger.warning("cache.unreadable_value", extra={"bytes": len(raw)})
+        return None
+    return value
+
+
+def _result(value: Mapping[str, Any]) -> SearchResult:
+    hits = tuple(Hit(**hit) for hit in value["hits"])
+    return SearchResult(hits=hits, complete=value["complete"], cached=True, exact=value["exact"])

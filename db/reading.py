@@ -1,0 +1,140 @@
+"""Reading: a search through the cache, documents by id, stored hashes as a stream."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import LargeBinary, func, insert, select
+
+from . import vectors
+from .config import Consistency
+from .engine import Database
+from .errors import translated
+from .models import Chunk, Embedding, WriteLog
+from .query_cache import CacheKey, QueryCache
+from .registry import Model
+from .search import Query, Searcher
+from .transactions import LoggedWrite, source_tag, workspace_tag
+from .types import Document, DocumentChunk, SearchResult, StoredHash
+
+_HASHES = """
+    SELECT id, source_id, text_hash,
+           ARRAY(SELECT chunks.text_hash FROM chunks
+                 WHERE chunks.document_id = embeddings.id ORDER BY chunk_index)
+    FROM embeddings
+    WHERE (%(source_id)s::text IS NULL OR source_id = %(source_id)s)
+    ORDER BY id
+"""
+
+
+def search(
+    database: Database,
+    searcher: Searcher,
+    cache: QueryCache | None,
+    query: Query,
+    model: Model,
+    consistency: Consistency,
+) -> SearchResult:
+    """The answer to `query`, from the cache where one is still true."""
+    key = cache_key(query, model)
+    if cache is not None and consistency == "bounded":
+        cached, slot = cache.look_up_bounded(key)
+        if cached is not None:
+            return cached
+    with database.connection() as connection:
+        if cache is None:
+            return searcher.search(connection, query, model).result
+        if consistency == "strict":
+            cached, slot = cache.look_up_strict(key, connection)
+            if cached is not None:
+                return cached
+        answer = searcher.search(connection, query, model)
+    if slot is not None:
+        cache.store(slot, answer.result, answer.snapshot)
+    return answer.result
+
+
+def cache_key(query: Query, model: Model) -> CacheKey:
+    """Everything that the answer depends on, and the narrowest tag that all of it carries."""
+    filters = query.filter
+    question = [
+        model.model_id,
+        model.dimensions,
+        model.distance,
+        vectors.encode(query.vector).hex(),
+        query.k,
+        query.level,
+        query.ef_search,
+        query.exact,
+        *filters.canonical(),
+    ]
+    if filters.source_id is not None:
+        return CacheKey(question, source_tag(filters.source_id))
+    if filters.workspace is not None:
+        return CacheKey(question, workspace_tag(filters.workspace))
+    return CacheKey(question, "store")
+
+
+def get_documents(engine: sqlalchemy.Engine, ids: Sequence[str]) -> list[Document]:
+    """The documents of `ids` that exist, in that order, with their chunks."""
+    with engine.connect() as connection:
+        connection = connection.execution_options(isolation_level="REPEATABLE READ")
+        rows = {row.id: row for row in connection.execute(_documents_of(ids))}
+        chunks: dict[str, list[DocumentChunk]] = {}
+        for row in connection.execute(_chunks_of(list(rows))):
+            chunk = DocumentChunk(row.text, _vector(row.vector), row.metadata, row.id, row.chunk_index)
+            chunks.setdefault(row.document_id, []).append(chunk)
+    return [_document(rows[id_], tuple(chunks.get(id_, ()))) for id_ in ids if id_ in rows]
+
+
+def _documents_of(ids: Sequence[str]) -> sqlalchemy.Select[Any]:
+    table = Embedding.__table__.c
+    vector = func.vector_send(table.embedding, type_=LargeBinary).label("vector")
+    return select(
+        table.id, table.source_id, table.text, table.metadata, table.created_at, table.updated_at, vector
+    ).where(table.id == func.any(list(ids)))
+
+
+def _chunks_of(ids: Sequence[str]) -> sqlalchemy.Select[Any]:
+    table = Chunk.__table__.c
+    vector = func.vector_send(table.embedding, type_=LargeBinary).label("vector")
+    return (
+        select(table.id, table.document_id, table.chunk_index, table.text, table.metadata, vector)
+        .where(table.document_id == func.any(list(ids)))
+        .order_by(table.document_id, table.chunk_index)
+    )
+
+
+def _document(row: Any, chunks: tuple[DocumentChunk, ...]) -> Document:
+    return Document(
+        id=row.id,
+        text=row.text,
+        embedding=_vector(row.vector),
+        metadata=row.metadata,
+        source_id=row.source_id,
+        chunks=chunks,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def _vector(data: bytes | None) -> Any:
+    return None if data is None else vectors.decode(data)
+
+
+def iter_hashes(database: Database, source_id: str | None, batch_size: int) -> Iterator[StoredHash]:
+    """Stored hashes in order of id, through a server-side cursor that holds one batch at a time."""
+    with translated(), database.connection() as connection, connection.transaction():
+        # The caller may take its time with each batch.
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        with connection.cursor(name="vectorkeep_hashes") as cursor:
+            cursor.itersize = batch_size
+            cursor.execute(_HASHES, {"source_id": source_id})
+            for id_, source, digest, chunk_digests in cursor:
+                yield StoredHash(id_, source, digest or b"", tuple(chunk_digests))
+
+
+def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedWrite:
+    """Insert the write-log row of a caller's own transaction."""
+    statement = insert(WriteLog).values(tags=list(tags)).returning(WriteLog.id)
+    return LoggedWrite(connection.scalars(statement).one(), list(tags))

@@ -1,0 +1,225 @@
+"""Nearest-neighbour search: from a query vector to hits.
+
+An index scan brings candidates by halfvec distance; they are ranked again by the exact distance of the
+full vectors. Where few rows pass the filter, or the scan brought fewer than k, every row that passes is
+compared instead. The exact form is written so that no vector index can serve it.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import Connection, sql
+
+from . import vectors
+from .engine import StoreConnection
+from .errors import ValidationError
+from .filters import Filter
+from .models import vector_expression, vector_index_name
+from .registry import Model
+from .types import Hit, Level, SearchResult
+
+MAX_K = 10_000
+_MAX_EF_SEARCH = 1000
+
+# Below this many rows comparing all of them is as fast as an index scan, and exact.
+_ALWAYS_EXACT_ROWS = 1000
+# An index scan that keeps a share s of what it visits needs candidates/s visits of about 10 µs; comparing
+# all n·s rows costs about 1.5 µs each. They are equal where (n·s)² = 6.7 · candidates · n.
+_VISIT_TO_COMPARE = 6.7
+_ESTIMATE_TTL_S = 10.0
+_MAX_ESTIMATES = 1000
+
+_OPERATOR = {"cosine": sql.SQL("<#>"), "inner_product": sql.SQL("<#>"), "l2": sql.SQL("<->")}
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A checked search: what is asked, of which rows."""
+
+    vector: NDArray[np.float32]
+    k: int
+    level: Level
+    filter: Filter
+    ef_search: int
+    exact: bool
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= MAX_K:
+            raise ValidationError(f"k is {self.k!r}; expected an integer from 1 to {MAX_K}")
+        if self.level not in ("documents", "chunks"):
+            raise ValidationError(f"level is {self.level!r}; expected 'documents' or 'chunks'")
+        if not 1 <= self.ef_search <= _MAX_EF_SEARCH:
+            raise ValidationError(f"ef_search is {self.ef_search}; expected 1 to {_MAX_EF_SEARCH}")
+
+    @property
+    def table(self) -> str:
+        return "embeddings" if self.level == "documents" else "chunks"
+
+    @property
+    def candidates(self) -> int:
+        """How many rows an index scan brings for the exact ranking."""
+        return max(self.k, min(self.ef_search, 4 * self.k))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A result with the snapshot it was computed in, which the cache needs."""
+
+    result: SearchResult
+    snapshot: str
+
+
+class Searcher:
+    """Runs queries for one store, and remembers for some seconds how many rows a filter passes."""
+
+    def __init__(self) -> None:
+        self._estimates: OrderedDict[tuple[Any, ...], tuple[float, int, bool]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def search(self, connection: StoreConnection, query: Query, model: Model) -> Answer:
+        """The k nearest rows. Runs in one transaction; raises what psycopg raises."""
+        vector = vectors.normalized(query.vector) if model.distance == "cosine" else query.vector
+        with connection.transaction():
+            if query.exact or not self._index_pays(connection, query, model):
+                return _run(connection, query, model, vector, exact=True)
+            found = _run(connection, query, model, vector, exact=False)
+            if len(found.result) >= query.k:
+                return found
+            # The scan ran dry: a filter that few rows pass, or rows it could not reach.
+            exact = _run(connection, query, model, vector, exact=True)
+            return Answer(exact.result, found.snapshot)  # the older snapshot: the safe one to cache with
+
+    def _index_pays(self, connection: Connection[Any], query: Query, model: Model) -> bool:
+        if not model.indexed or _too_large_for_half(query.vector, model):
+            return False
+        rows, valid = self._estimate(connection, query.table, Filter())
+        if not valid or rows <= _ALWAYS_EXACT_ROWS:
+            return False
+        # `where` is left out: the planner guesses wildly about JSON, and a scan that runs dry is noticed.
+        columns = Filter(workspace=query.filter.workspace, source_id=query.filter.source_id)
+        passing, _ = self._estimate(connection, query.table, columns)
+        return passing**2 > _VISIT_TO_COMPARE * query.candidates * rows
+
+    def _estimate(self, connection: Connection[Any], table: str, columns: Filter) -> tuple[int, bool]:
+        """The planner's estimate of the rows that pass, and whether the vector index is valid."""
+        key = (table, columns.workspace, columns.source_id)
+        now = time.monotonic()
+        with self._lock:
+            known = self._estimates.get(key)
+            if known is not None and now - known[0] < _ESTIMATE_TTL_S:
+                return known[1], known[2]
+        rows, valid = _planned_rows(connection, table, columns), _has_valid_index(connection, table)
+        with self._lock:
+            self._estimates[key] = (now, rows, valid)
+            self._estimates.move_to_end(key)
+            while len(self._estimates) > _MAX_ESTIMATES:
+                self._estimates.popitem(last=False)
+        return rows, valid
+
+
+def _planned_rows(connection: Connection[Any], table: str, columns: Filter) -> int:
+    condition = columns.columns_sql("target")
+    statement = sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {} AS target WHERE {}").format(
+        sql.Identifier(table), condition.sql
+    )
+    [(plan,)] = connection.execute(statement, condition.values, prepare=False).fetchall()
+    return int(plan[0]["Plan"]["Plan Rows"])
+
+
+def _has_valid_index(connection: Connection[Any], table: str) -> bool:
+    statement = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
+    row = connection.execute(statement, (vector_index_name(table),)).fetchone()
+    return bool(row and row[0])
+
+
+def _too_large_for_half(vector: NDArray[np.float32], model: Model) -> bool:
+    return model.distance != "cosine" and bool(np.abs(vector).max() > vectors.MAX_HALF)
+
+
+def _run(
+    connection: StoreConnection, query: Query, model: Model, vector: NDArray[np.float32], *, exact: bool
+) -> Answer:
+    statement, values = _statement(query, model, vectors.BinaryVector(vectors.encode(vector)), exact=exact)
+    if not exact:
+        connection.execute(
+            "SELECT set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'relaxed_order', true)",
+            (str(max(query.ef_search, min(query.candidates, _MAX_EF_SEARCH))),),
+        )
+    # A plan made for all values is wrong for a filter that few rows pass: no prepared statement there.
+    prepare = None if query.filter == Filter() and not exact else False
+    rows = connection.execute(statement, values, prepare=prepare).fetchall()
+    hits = tuple(_hit(row[1:], model) for row in rows if row[1] is not None)
+    complete = len(hits) >= query.k or exact
+    return Answer(SearchResult(hits=hits, complete=complete, cached=False, exact=exact), rows[0][0])
+
+
+def _statement(
+    query: Query, model: Model, vector: vectors.BinaryVector, *, exact: bool
+) -> tuple[sql.Composed, list[Any]]:
+    """One statement that gives the snapshot in every row, and one row even where there is no hit."""
+    metadata: sql.Composable = sql.Identifier("target", "metadata")
+    source = sql.SQL("{} AS target").format(sql.Identifier(query.table))
+    if query.level == "chunks":
+        # A chunk's metadata is read over its document's.
+        metadata = sql.SQL("(coalesce(document.metadata, '{}') || target.metadata)")
+        joined = sql.SQL("{} LEFT JOIN embeddings AS document ON document.id = target.document_id")
+        source = joined.format(source) if query.filter.where else source
+    condition = query.filter.sql("target", metadata)
+    operator = _OPERATOR[model.distance]
+    full = sql.SQL("l2_normalize(target.embedding)") if model.distance == "cosine" else sql.SQL("target.embedding")
+    distance = sql.SQL("({} {} %s::vector)").format(full, operator)
+    order, order_values = sql.SQL("distance"), []
+    if not exact:
+        expression = sql.SQL(vector_expression(model.dimensions, model.distance, "target.embedding"))
+        half = sql.SQL("halfvec({})").format(sql.Literal(model.dimensions))
+        order = sql.SQL("{} {} %s::vector::{}").format(expression, operator, half)
+        order_values = [vector]
+    statement = _TEMPLATE[query.level].format(distance=distance, source=source, condition=condition.sql, order=order)
+    limit = query.k if exact else query.candidates
+    return statement, [vector, *condition.values, *order_values, limit, query.k]
+
+
+# The candidates carry ids and distances only: texts and metadata are read for the k that remain.
+_TEMPLATE = {
+    "documents": sql.SQL("""
+        SELECT pg_current_snapshot()::text, hit.* FROM (SELECT) AS one LEFT JOIN (
+            WITH candidates AS MATERIALIZED (
+                SELECT target.id, {distance} AS distance FROM {source}
+                WHERE target.embedding IS NOT NULL AND {condition}
+                ORDER BY {order} LIMIT %s),
+            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT %s)
+            SELECT target.id, target.id AS document_id, target.source_id, target.text, target.metadata,
+                   nearest.distance
+            FROM nearest JOIN embeddings AS target ON target.id = nearest.id
+        ) AS hit ON true ORDER BY hit.distance, hit.id
+    """),
+    "chunks": sql.SQL("""
+        SELECT pg_current_snapshot()::text, hit.* FROM (SELECT) AS one LEFT JOIN (
+            WITH candidates AS MATERIALIZED (
+                SELECT target.id, {distance} AS distance FROM {source}
+                WHERE target.embedding IS NOT NULL AND {condition}
+                ORDER BY {order} LIMIT %s),
+            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT %s)
+            SELECT target.id, coalesce(target.document_id, target.origin_id) AS document_id,
+                   target.source_id, target.text,
+                   coalesce(document.metadata, '{{}}') || target.metadata AS metadata, nearest.distance
+            FROM nearest JOIN chunks AS target ON target.id = nearest.id
+            LEFT JOIN embeddings AS document ON document.id = target.document_id
+        ) AS hit ON true ORDER BY hit.distance, hit.id
+    """),
+}
+
+
+def _hit(row: tuple[Any, ...], model: Model) -> Hit:
+    id_, document_id, source_id, text, metadata, distance = row
+    if model.distance == "cosine":
+        distance = max(0.0, 1.0 + distance)  # the negative product of two unit vectors, back to 1 − product
+        score = 1.0 - distance
+    else:
+        score = -distance
+    return Hit(id_, document_id or "", source_id, text, metadata, distance, score)

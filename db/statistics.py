@@ -1,0 +1,113 @@
+"""Statistics and diagnostics: what the store holds, how large, how fast, how healthy."""
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Float, case, func, select
+from sqlalchemy import cast as sql_cast
+from sqlalchemy import text as sql
+
+from .engine import Database
+from .index_health import inspect_indexes, overall
+from .models import Base, Chunk, Embedding, PerformanceMetric
+from .registry import Model
+from .types import Diagnostics, IndexReport, Performance, Statistics
+
+_WINDOW = timedelta(days=7)
+_INSERTS = ("batch_upsert", "embed_batch", "sync")
+
+# SELECT DISTINCT would read every row; this hops from one source to the next along the index.
+_SOURCES = sql("""
+    WITH RECURSIVE hop AS (
+        (SELECT source_id FROM embeddings ORDER BY source_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT source_id FROM embeddings WHERE source_id > hop.source_id ORDER BY source_id LIMIT 1)
+        FROM hop WHERE hop.source_id IS NOT NULL)
+    SELECT source_id FROM hop WHERE source_id IS NOT NULL
+""")
+
+
+def get_statistics(database: Database, model: Model | None, workspace: str | None) -> Statistics:
+    """Counts of the store or of one workspace, and the store's storage, health and performance."""
+    with database.engine.connect() as connection:
+        documents, chunks = _count(connection, Embedding, workspace), _count(connection, Chunk, workspace)
+        sources = _sources(connection, workspace)
+        storage_bytes = _storage_bytes(connection)
+        performance = _performance(connection)
+    indexes = _indexes(database, model)
+    return Statistics(
+        documents=documents,
+        chunks=chunks,
+        sources=sources,
+        storage_mb=storage_bytes / 1024**2,
+        index_health=overall(indexes),
+        indexes=indexes,
+        performance=performance,
+        reasons=[reason for index in indexes for reason in index.reasons],
+    )
+
+
+def get_diagnostics(database: Database, model: Model | None, revision: str) -> Diagnostics:
+    with database.engine.connect() as connection:
+        total = _count(connection, Embedding, None)
+    reports = _indexes(database, model)
+    existing = [report for report in reports if report.size_bytes]
+    return Diagnostics(total, revision, database.location, existing[0] if existing else None)
+
+
+def _indexes(database: Database, model: Model | None) -> list[IndexReport]:
+    with database.connection() as connection:
+        return inspect_indexes(connection, model)
+
+
+def _count(connection: Connection, table: type[Embedding] | type[Chunk], workspace: str | None) -> int:
+    statement = select(func.count()).select_from(table)
+    if workspace is not None:
+        statement = statement.where(table.workspace == workspace)
+    return connection.scalars(statement).one()
+
+
+def _sources(connection: Connection, workspace: str | None) -> list[str]:
+    if workspace is None:
+        return list(connection.scalars(_SOURCES))
+    statement = select(Embedding.source_id).where(Embedding.workspace == workspace).distinct()
+    return sorted(connection.scalars(statement))
+
+
+def _storage_bytes(connection: Connection) -> int:
+    """Tables with their indexes and TOAST, all that are ours."""
+    names = [table.name for table in Base.metadata.sorted_tables]
+    size = func.pg_total_relation_size(func.to_regclass(func.unnest(names)).label("oid"))
+    return sum(size or 0 for size in connection.scalars(select(size)))
+
+
+def _performance(connection: Connection) -> Performance:
+    metric = PerformanceMetric
+    since = func.now() - _WINDOW
+
+    def percentile(fraction: float) -> Any:
+        return func.percentile_cont(fraction).within_group(metric.duration_ms)
+
+    statement = (
+        select(
+            metric.operation,
+            func.count(),
+            func.avg(metric.duration_ms),
+            percentile(0.5),
+            percentile(0.95),
+            percentile(0.99),
+            func.avg(sql_cast(case((metric.metadata_["cached"].as_boolean(), 1), else_=0), Float)),
+        )
+        .where(metric.created_at > since, metric.success)
+        .group_by(metric.operation)
+    )
+    rows = {row[0]: row for row in connection.execute(statement)}
+    search = rows.get("search")
+    inserts = [rows[name] for name in _INSERTS if name in rows]
+    calls = sum(row[1] for row in inserts)
+    return Performance(
+        avg_search_ms=float(search[2]) if search else 0.0,
+        avg_insert_ms=sum(float(row[2]) * row[1] for row in inserts) / calls if calls else 0.0,
+        cache_hit_rate=float(search[6]) if search else 0.0,
+        percentiles={name: {"p50": row[3], "p95": row[4], "p99": row[5]} for name, row in rows.items()},
+    )

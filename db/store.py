@@ -1,0 +1,546 @@
+"""The face of the library: `connect` opens a store, and every call of it begins here."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from functools import wraps
+from threading import Event
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import numpy as np
+import psycopg_pool
+import redis
+import sqlalchemy
+from numpy.typing import NDArray
+
+from . import deletion, embedded, maintenance, migrate, orphans, reading, statistics, vectors
+from .chunking import Chunker
+from .config import Consistency, Distance, Settings
+from .documents import check_key
+from .embedding import TextEmbedder
+from .engine import Database, connect_directly
+from .errors import (
+    ClosedError,
+    MaintenanceIncomplete,
+    SchemaError,
+    ValidationError,
+    VectorKeepError,
+    translated,
+)
+from .filters import Filter
+from .ingestion import Ingestion
+from .metrics import MetricsRecorder, Operation
+from .query_cache import QueryCache
+from .registry import Model, StoreModel
+from .search import Query, Searcher
+from .tally import Tally, total_of
+from .transactions import LoggedWrite, bounded_tags, retried, run_write, source_tag, workspace_tag
+from .types import (
+    CleanupResult,
+    DeleteResult,
+    Diagnostics,
+    Document,
+    Embedder,
+    EmbedResult,
+    Item,
+    Level,
+    MaintenanceResult,
+    Progress,
+    SearchResult,
+    Statistics,
+    StepProgress,
+    StoredHash,
+    UpsertResult,
+    Vector,
+)
+
+logger = logging.getLogger("vectorkeep")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Set inside `VectorStore.transaction()`: what is read there must not come from, or go to, the cache.
+_in_transaction: ContextVar[bool] = ContextVar("vectorkeep_in_transaction", default=False)
+
+
+def connect(
+    database_url: str | None = None,
+    redis_url: str | Literal[False] | None = None,
+    *,
+    embedder: Embedder | None = None,
+    model_id: str | None = None,
+    dimensions: int | None = None,
+    distance: Distance = "cosine",
+    consistency: Consistency = "strict",
+    ef_search: int = 100,
+    pool_max: int = 20,
+    pool_idle_s: float = 30,
+    connect_timeout_s: float = 2,
+    statement_timeout_s: float = 30,
+    **settings: Any,
+) -> "VectorStore":
+    """Open a store. What is not given comes from VECTORKEEP_... in the environment.
+
+    Without a database URL and without POSTGRES_HOST the embedded servers are started, and migrated; any
+    other database must be at the newest revision. `redis_url=False` means no cache. A store whose model is
+    registered keeps that model's distance; `distance` counts for a new one.
+
+    Raises UnavailableError, SchemaError, ValidationError, DimensionError.
+    """
+    given = {
+        "database_url": database_url,
+        "redis_url": redis_url,
+        "model_id": model_id or (embedder.model_id if embedder else None),
+        "dimensions": dimensions or (embedder.dimensions if embedder else None),
+    }
+    defaulted: dict[str, tuple[Any, Any]] = {
+        "distance": (distance, "cosine"),
+        "consistency": (consistency, "strict"),
+        "ef_search": (ef_search, 100),
+        "pool_max": (pool_max, 20),
+        "pool_idle_s": (pool_idle_s, 30),
+        "connect_timeout_s": (connect_timeout_s, 2),
+        "statement_timeout_s": (statement_timeout_s, 30),
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen |= {name: value for name, (value, default) in defaulted.items() if value != default}
+    loaded = Settings.load({**chosen, **settings})
+    with translated():
+        return VectorStore(loaded, embedder)
+
+
+def _call(method: Callable[Concatenate["VectorStore", P], R]) -> Callable[Concatenate["VectorStore", P], R]:
+    """A public call: refused on a closed store, drivers' errors raised as ours."""
+
+    @wraps(method)
+    def call(store: "VectorStore", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        store._check_open()
+        try:
+            with translated():
+                return method(store, *args, **kwargs)
+        except psycopg_pool.PoolClosed as exc:
+            raise ClosedError("the store was closed during this call") from exc
+
+    return call
+
+
+class VectorStore(AbstractContextManager["VectorStore"]):
+    """An open store. Threads may share it; processes must not: open one in each.
+
+    Use `connect` to make one. Every call raises ClosedError after `close`, and UnavailableError where the
+    server cannot be reached or cannot serve after several tries.
+    """
+
+    engine: sqlalchemy.Engine
+    pool: psycopg_pool.ConnectionPool[Any]
+    cache_client: redis.Redis | None
+
+    def __init__(self, settings: Settings, embedder: Embedder | None) -> None:
+        self._settings = settings
+        self._embedder = embedder
+        self._chunker = Chunker(settings.chunk_size, settings.chunk_overlap)
+        self._servers = (
+            None if settings.postgres_url() else embedded.acquire(settings.home, settings=settings.embedded_settings)
+        )
+        url = settings.postgres_url() or (self._servers.database_url if self._servers else "")
+        try:
+            self._prepare_schema(url)
+            self._open(url)
+        except BaseException:
+            if self._servers is not None:
+                self._servers.release()
+            raise
+
+    def _prepare_schema(self, url: str) -> None:
+        if self._servers is not None:
+            migrate.upgrade(url)
+        with connect_directly(url, self._settings) as connection:
+            migrate.require_head(connection)
+
+    def _open(self, url: str) -> None:
+        self._database = Database(url, self._settings)
+        self._database.open()
+        self.pool, self.engine = self._database.pool, self._database.engine
+        self._model = StoreModel(self._database)
+        self._searcher = Searcher()
+        self._cache = self._make_cache()
+        self.cache_client = self._cache.client if self._cache else None
+        self._delivered: list[int] = []
+        self._metrics = MetricsRecorder(self._database, background=self._deliver)
+        self._closed = False
+        self._closing = threading.Lock()
+        try:
+            self._model.load()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _make_cache(self) -> QueryCache | None:
+        url = self._settings.redis_url
+        if url is None and self._servers is not None:
+            url = self._servers.redis_url
+        return QueryCache(self._database, QueryCache.connect(url), self._settings) if url else None
+
+    @property
+    def model(self) -> Model | None:
+        """The registered embedding model, or None while no vector was ever stored."""
+        return self._model.registered
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    @_call
+    def batch_upsert(
+        self,
+        documents: Iterable[Document | Mapping[str, Any]],
+        *,
+        batch_size: int = 1000,
+        on_progress: Progress | None = None,
+    ) -> UpsertResult:
+        """Insert or update `documents`, a batch a transaction; rows that did not change are not touched.
+
+        A document that is not valid, or that the server refuses, is listed in `errors` and stops no other.
+        `documents` may be a generator of any length. `on_progress(processed, total)` is called after each batch.
+        """
+        _check_batch_size(batch_size)
+        tally = Tally(total_of(documents), on_progress)
+        with self._metrics.measure("batch_upsert") as operation:
+            self._ingestion().upsert(documents, batch_size, tally)
+            operation.counts = _counts(tally, "inserted", "updated", "unchanged", "superseded", "failed")
+        return UpsertResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
+
+    @_call
+    def embed_batch(
+        self,
+        items: Iterable[Item | Mapping[str, Any]],
+        *,
+        embedder: Embedder | None = None,
+        batch_size: int = 1000,
+        on_progress: Progress | None = None,
+    ) -> EmbedResult:
+        """Chunk, embed and store those of `items` that changed; the rest are skipped before anything is embedded.
+
+        Where only metadata or source changed, the row is updated and nothing is embedded. An exception of the
+        embedder passes through; the batches before it are stored, and running again finishes the rest.
+        """
+        _check_batch_size(batch_size)
+        texts = self._text_embedder(embedder)
+        tally = Tally(total_of(items), on_progress)
+        with self._metrics.measure("embed_batch") as operation:
+            self._ingestion().embed(items, texts, batch_size, tally)
+            operation.counts = _counts(tally, "inserted", "updated", "superseded", "failed") | {
+                "skipped": tally["unchanged"],
+                "deleted": 0,
+                "cache_hits": texts.cache_hits,
+                "embedded": texts.embedded,
+            }
+        return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
+
+    @_call
+    def delete(self, ids: Sequence[str]) -> DeleteResult:
+        """Delete documents with their chunks, in one transaction. Ids that do not exist are passed over."""
+        if isinstance(ids, str):
+            raise ValidationError("ids is a string; expected a sequence of ids")
+        checked = [check_key("id", id_) for id_ in ids]
+        with self._metrics.measure("delete") as operation:
+            return self._delete(operation, lambda transaction: deletion.delete_ids(transaction, checked))
+
+    @_call
+    def delete_by_source_id(self, source_id: str, *, cascade: bool = True) -> DeleteResult:
+        """Delete all documents of a source in one transaction, their chunks with them.
+
+        `cascade` False keeps the chunks, detached: `document_id` NULL, `origin_id` what it was.
+        """
+        check_key("source_id", source_id)
+        with self._metrics.measure("delete_by_source_id") as operation:
+            return self._delete(
+                operation, lambda transaction: deletion.delete_source(transaction, source_id, cascade=cascade)
+            )
+
+    def _delete(self, operation: Operation, work: Callable[[Any], DeleteResult]) -> DeleteResult:
+        result = run_write(self._database, work, after_commit=self._invalidate)
+        operation.counts = {"deleted": result.deleted, "chunks_removed": result.chunks_removed}
+        return result
+
+    @_call
+    def cleanup_orphaned(
+        self,
+        *,
+        dry_run: bool = False,
+        batch_size: int = 1000,
+        min_age: timedelta | None = None,
+        on_progress: Progress | None = None,
+    ) -> CleanupResult:
+        """Remove chunks without a document and documents without any vector, then VACUUM (ANALYZE).
+
+        `dry_run` counts all of them and changes nothing. `min_age` spares what was created since. Each batch is
+        one short transaction. Validates the foreign key from chunks to documents where it was not yet.
+        """
+        _check_batch_size(batch_size)
+        if dry_run:
+            return orphans.report_orphans(self._database, min_age)
+        with self._metrics.measure("cleanup_orphaned") as operation:
+            result = orphans.remove_orphans(
+                self._database,
+                batch_size=batch_size,
+                min_age=min_age,
+                after_commit=self._invalidate,
+                on_progress=on_progress,
+            )
+            operation.counts = {"chunks": result.orphaned_chunks, "embeddings": result.orphaned_embeddings}
+        return result
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlalchemy.Connection]:
+        """A transaction for the caller's own SQL. What it writes is told with `record_write` before it ends.
+
+        Inside it, searches of this thread neither read nor fill the cache.
+        """
+        self._check_open()
+        token = _in_transaction.set(True)
+        told: list[LoggedWrite] = []
+        try:
+            with translated(), self.engine.begin() as connection:
+                connection.info["vectorkeep_writes"] = told
+                yield connection
+        finally:
+            _in_transaction.reset(token)
+        for write in told:
+            self._invalidate(write)
+
+    @_call
+    def record_write(
+        self,
+        connection: sqlalchemy.Connection,
+        *,
+        sources: Sequence[str] = (),
+        workspaces: Sequence[str] = (),
+        everything: bool = False,
+    ) -> None:
+        """Tell what the caller's own SQL changes on `connection`, in the same transaction, before it commits.
+
+        Name the old and the new sources and workspaces of every changed row, or `everything`.
+        """
+        tags = {source_tag(s) for s in sources} | {workspace_tag(w) for w in workspaces}
+        if not tags and not everything:
+            raise ValidationError("nothing is named; give sources, workspaces or everything=True")
+        write = reading.log_write(connection, ["all", "store"] if everything else bounded_tags(tags))
+        connection.info.setdefault("vectorkeep_writes", []).append(write)
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    @_call
+    def search(
+        self,
+        query: Vector | str,
+        k: int = 10,
+        *,
+        workspace: str | None = None,
+        source_id: str | None = None,
+        where: Mapping[str, Any] | None = None,
+        level: Level = "documents",
+        consistency: Consistency | None = None,
+        ef_search: int | None = None,
+        exact: bool = False,
+    ) -> SearchResult:
+        """The `k` nearest documents or chunks to a vector, or to a text that the store's embedder embeds.
+
+        Fewer than `k` come back only where no more exist that pass the filters; else `complete` is False. An
+        answer from the cache is as fresh as one from the database, unless `consistency` is "bounded".
+
+        Raises ValidationError for a bad filter, k or vector; DimensionError for one of another length.
+        """
+        consistency = _check_consistency(consistency or self._settings.consistency)
+        filters = Filter(workspace, source_id, where)
+        with self._metrics.measure("search") as operation:
+            vector = self._embed_query(query) if isinstance(query, str) else vectors.as_vector(query)
+            wanted = Query(vector, k, level, filters, ef_search or self._settings.ef_search, exact)
+            model = self.model or self._reload_model()
+            if model is None:
+                return SearchResult(hits=(), complete=True, cached=False, exact=True)
+            model.check_query(vector)
+            cache = None if _in_transaction.get() else self._cache
+            result = retried(lambda: reading.search(self._database, self._searcher, cache, wanted, model, consistency))
+            operation.counts = {"hits": len(result), "cached": result.cached, "exact": result.exact}
+        return result
+
+    @_call
+    def embed(self, text: str) -> NDArray[np.float32]:
+        """The vector of one text, float32, shape (dimensions,), through the vector cache."""
+        return self._embed_query(text)
+
+    @_call
+    def get(self, ids: Sequence[str]) -> list[Document]:
+        """The documents of `ids` with their chunks, in the order asked; missing ones are left out."""
+        if isinstance(ids, str):
+            raise ValidationError("ids is a string; expected a sequence of ids")
+        return retried(lambda: reading.get_documents(self.engine, [check_key("id", id_) for id_ in ids]))
+
+    @_call
+    def iter_hashes(self, source_id: str | None = None, *, batch_size: int = 1000) -> Iterator[StoredHash]:
+        """The hashes of all stored documents, or of one source's, in order of id; one batch is in memory at a time."""
+        _check_batch_size(batch_size)
+        if source_id is not None:
+            check_key("source_id", source_id)
+        return reading.iter_hashes(self._database, source_id, batch_size)
+
+    @_call
+    def get_statistics(self, workspace: str | None = None) -> Statistics:
+        """Counts of the store or of one workspace; the store's storage, index health and performance."""
+        if workspace is not None:
+            check_key("workspace", workspace)
+        return retried(lambda: statistics.get_statistics(self._database, self.model or self._reload_model(), workspace))
+
+    @_call
+    def get_diagnostics(self) -> Diagnostics:
+        """Rows, schema revision, location without its password, and the state of the document index."""
+        model = self.model or self._reload_model()
+        return retried(lambda: statistics.get_diagnostics(self._database, model, migrate.head_revision()))
+
+    # -- keeping ---------------------------------------------------------------------------------------
+
+    @_call
+    def maintain(
+        self,
+        *,
+        skip_compaction: bool = False,
+        skip_index: bool = False,
+        skip_cleanup: bool = False,
+        retention_days: float = 7,
+        index_stale_threshold: float = 0.1,
+        dry_run: bool = False,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+        on_progress: StepProgress | None = None,
+    ) -> MaintenanceResult:
+        """Remove what is past its time, build missing indexes, vacuum where dead rows ask for it.
+
+        One process at a time: a second caller gets BusyError, which says who runs. Steps are independent; what
+        failed, was not permitted or not reached before `deadline_s` is said in `steps`.
+        """
+        if _in_transaction.get():
+            raise ValidationError("maintain() cannot run inside transaction(); call it after the block")
+        plan = maintenance.MaintenancePlan(
+            skip_compaction=skip_compaction,
+            skip_index=skip_index,
+            skip_cleanup=skip_cleanup,
+            retention_days=retention_days,
+            index_stale_threshold=index_stale_threshold,
+            dry_run=dry_run,
+            deadline_s=deadline_s,
+            cancel=cancel,
+            on_progress=on_progress,
+        )
+        return maintenance.maintain(self._database, self.model or self._reload_model(), plan)
+
+    def close(self, *, deadline_s: float = 30, maintain: bool | None = None) -> None:
+        """Write what metrics wait, give all connections back, leave the embedded servers. Safe to call twice.
+
+        `maintain` True, or None with the setting `maintenance_on_close`, runs `maintain` first, for at most
+        `deadline_s`. The store closes in any case; MaintenanceIncomplete is raised afterwards where a step
+        failed or was not reached.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        wanted = self._settings.maintenance_on_close if maintain is None else maintain
+        try:
+            unfinished = self._maintain_before_close(deadline_s) if wanted else []
+        finally:
+            self._release()
+        if unfinished:
+            raise MaintenanceIncomplete(f"the store is closed, but not done: {'; '.join(unfinished)}")
+
+    def _maintain_before_close(self, deadline_s: float) -> list[str]:
+        plan = maintenance.MaintenancePlan(deadline_s=deadline_s)
+        try:
+            with translated():
+                result = maintenance.maintain(self._database, self.model, plan)
+        except VectorKeepError as exc:
+            return [str(exc)]
+        return [f"{s.name}: {s.details}" for s in result.steps if s.outcome in ("failed", "not reached")]
+
+    def _release(self) -> None:
+        self._metrics.close()
+        self._database.close()
+        if self._cache is not None:
+            self._cache.client.close()
+        if self._servers is not None:
+            self._servers.release()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<VectorStore {self._database.location} {state}>"
+
+    # -- within ----------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the store is closed; open another with db.connect(...)")
+
+    def _ingestion(self) -> Ingestion:
+        return Ingestion(self._database, self._model, self._invalidate)
+
+    def _text_embedder(self, embedder: Embedder | None) -> TextEmbedder:
+        """`embedder`, or the store's own, checked against the store's model, behind the vector cache."""
+        chosen = embedder or self._embedder
+        if chosen is None:
+            raise ValidationError("the store has no embedder; give one to connect(embedder=...) or to this call")
+        model = self._model.register(chosen.dimensions, chosen.model_id)
+        if (model.model_id, model.dimensions) != (chosen.model_id, chosen.dimensions):
+            raise SchemaError(
+                f"the embedder is {chosen.model_id!r} of {chosen.dimensions} dimensions, the store's model is "
+                f"{model.model_id!r} of {model.dimensions}; vectors of two models cannot be compared"
+            )
+        return TextEmbedder(self._database, chosen, self._chunker)
+
+    def _embed_query(self, text: str) -> NDArray[np.float32]:
+        if not text:
+            raise ValidationError("the text is empty; expected a string to embed")
+        [vector] = self._text_embedder(None).embed_texts([text]).values()
+        return vector
+
+    def _reload_model(self) -> Model | None:
+        """The model, read again: another process may have registered it since this store was opened."""
+        self._model.load()
+        return self.model
+
+    def _invalidate(self, write: LoggedWrite) -> None:
+        """Tell Redis of a committed write. What it did not take is delivered in the background, later."""
+        if self._cache is not None and self._cache.deliver(write):
+            self._delivered.append(write.id)
+        self._metrics.start()
+
+    def _deliver(self) -> None:
+        """Off the callers' path: note which writes were delivered, and deliver those that were not."""
+        if self._cache is None:
+            return
+        delivered, self._delivered = self._delivered, []
+        if delivered:
+            self._cache.mark_delivered(delivered)
+        self._cache.deliver_undelivered()
+
+
+def _counts(tally: Tally, *names: str) -> dict[str, int]:
+    return {name: tally[name] for name in names}
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= 100_000:
+        raise ValidationError(f"batch_size is {batch_size!r}; expected an integer from 1 to 100000")
+
+
+def _check_consistency(consistency: str) -> Consistency:
+    if consistency not in ("strict", "bounded"):
+        raise ValidationError(f"consistency is {consistency!r}; expected 'strict' or 'bounded'")
+    return consistency  # type: ignore[return-value]

@@ -1,0 +1,156 @@
+"""Write transactions: one way for every write, so that none forgets the write log, a retry or the cache.
+
+A transaction begins with the writers' shared lock, does its work, logs what it touched in `write_log`
+within itself, commits, and then tells the cache. Transient faults run the whole of it again.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import psycopg
+import stamina
+from psycopg import Cursor
+
+from .engine import Database
+from .errors import is_transient
+from .locks import LOCK_CLASS, Purpose
+
+logger = logging.getLogger("vectorkeep")
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# A transaction that touches more sources and workspaces than this is logged as touching everything.
+MAX_TAGS = 200
+EVERYTHING = "all"
+
+_LOCK_WRITERS = "SELECT pg_advisory_xact_lock_shared(%s, %s)"
+_LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
+
+
+def source_tag(source_id: str) -> str:
+    return f"source:{source_id}"
+
+
+def workspace_tag(workspace: str) -> str:
+    return f"workspace:{workspace}"
+
+
+def bounded_tags(tags: Iterable[str]) -> list[str]:
+    """The tags to log, sorted: what was touched, or that everything was where that is too much to list."""
+    tags = set(tags)
+    return sorted(tags | {"store"}) if len(tags) <= MAX_TAGS else [EVERYTHING, "store"]
+
+
+@dataclass
+class WriteTransaction:
+    """What a write works with: a cursor, and a note of what it touched."""
+
+    cursor: Cursor[Any]
+    tags: set[str] = field(default_factory=set)
+    wrote: bool = False
+
+    def touch(self, source_id: str | None, workspace: str | None) -> None:
+        """Note that a row of this source and workspace is, or was, changed."""
+        self.wrote = True
+        if source_id is not None:
+            self.tags.add(source_tag(source_id))
+        if workspace is not None:
+            self.tags.add(workspace_tag(workspace))
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedWrite:
+    """A committed row of write_log, to be delivered to the cache."""
+
+    id: int
+    tags: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What a transaction that was about to commit would have returned."""
+
+    xid: str
+    outcome: Any
+    logged: LoggedWrite
+
+
+class _CommitUnknown(Exception):  # noqa: N818
+    """The connection was lost during COMMIT: whether it happened is not known yet."""
+
+    def __init__(self, attempt: _Attempt, lost: psycopg.OperationalError) -> None:
+        self.attempt = attempt
+        self.lost = lost
+
+
+def retried(work: Callable[[], R]) -> R:
+    """`work()`, run again with backoff and jitter where a transient fault stopped it."""
+    for attempt in stamina.retry_context(on=is_transient, attempts=6, timeout=30, wait_initial=0.05, wait_max=2):
+        with attempt:
+            return work()
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def run_write(
+    database: Database, work: Callable[[WriteTransaction], T], *, after_commit: Callable[[LoggedWrite], None]
+) -> T:
+    """Run `work` in one transaction and return what it returned, for certain committed.
+
+    `work` may run several times and must have no effect outside its transaction. `after_commit` is called
+    once, with the logged write, where anything was touched.
+    """
+    outcome, logged = retried(lambda: _run_once(database, work))
+    if logged is not None:
+        after_commit(logged)
+    return outcome
+
+
+def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
+    try:
+        return _transact(database, work)
+    except _CommitUnknown as exc:
+        if _committed(database, exc.attempt.xid):
+            logger.info("write.commit_confirmed", extra={"xid": exc.attempt.xid})
+            return exc.attempt.outcome, exc.attempt.logged
+        raise exc.lost from None
+
+
+def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
+    with database.connection() as connection:
+        attempt: _Attempt | None = None
+        try:
+            with connection.transaction(), connection.cursor() as cursor:
+                cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, int(Purpose.WRITERS)))
+                transaction = WriteTransaction(cursor)
+                outcome = work(transaction)
+                if not transaction.wrote:
+                    return outcome, None
+                tags = bounded_tags(transaction.tags)
+                [(log_id, xid)] = cursor.execute(_LOG_WRITE, (tags,)).fetchall()
+                attempt = _Attempt(xid, outcome, LoggedWrite(log_id, tags))
+        except psycopg.OperationalError as exc:
+            # Only COMMIT is left once there is an attempt: a lost connection leaves its outcome open.
+            if attempt is not None and connection.closed:
+                raise _CommitUnknown(attempt, exc) from exc
+            raise
+    return attempt.outcome, attempt.logged
+
+
+def _committed(database: Database, xid: str) -> bool:
+    """Whether transaction `xid` committed. Waits while its backend has not noticed that its client left."""
+    deadline = time.monotonic() + database.settings.statement_timeout_s
+    while True:
+        status = retried(lambda: _status(database, xid))
+        if status != "in progress" or time.monotonic() > deadline:
+            return status == "committed"
+        time.sleep(0.05)
+
+
+def _status(database: Database, xid: str) -> str | None:
+    with database.connection() as connection:
+        row = connection.execute("SELECT pg_xact_status(%s::xid8)", (xid,)).fetchone()
+        return row[0] if row else None

@@ -1,0 +1,176 @@
+"""One batch of documents written in one transaction, a document always with all its chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from psycopg import Cursor, sql
+
+from .change_detection import StoredRow, lock_stored
+from .documents import PreparedDocument
+from .staging import create_staging, stage_chunks, stage_documents
+from .transactions import WriteTransaction
+
+Outcome = Literal["inserted", "updated", "unchanged"]
+
+_INSERT_NEW = """
+    INSERT INTO embeddings (id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
+                            model_id, embedding, metadata, created_at, updated_at)
+    SELECT id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
+           model_id, embedding, metadata, coalesce(created_at, updated_at), updated_at
+    FROM vectorkeep_documents WHERE id = ANY(%s) ORDER BY id
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+"""
+
+# The vector is mentioned only where it changed: an update that leaves it alone stays HOT and never
+# touches the HNSW index. Assigning an equal vector would not do: a toasted value is compared by address.
+_UPDATE = sql.SQL("""
+    UPDATE embeddings AS stored
+    SET source_id = given.source_id, workspace = given.workspace, text = given.text,
+        text_hash = given.text_hash, content_hash = given.content_hash, metadata = given.metadata,
+        created_at = coalesce(given.created_at, stored.created_at), updated_at = given.updated_at
+        {and_vector} {and_chunks}
+    FROM vectorkeep_documents AS given
+    WHERE stored.id = given.id AND given.id = ANY(%s)
+""")
+_AND_VECTOR = sql.SQL(", embedding = given.embedding, vector_hash = given.vector_hash, model_id = given.model_id")
+_AND_CHUNKS = sql.SQL(", chunks_hash = given.chunks_hash")
+_NOTHING = sql.SQL("")
+
+_MOVE_CHUNKS = """
+    UPDATE chunks SET source_id = given.source_id, workspace = given.workspace
+    FROM vectorkeep_documents AS given
+    WHERE chunks.document_id = given.id AND given.id = ANY(%s)
+      AND (chunks.source_id, chunks.workspace) IS DISTINCT FROM (given.source_id, given.workspace)
+"""
+
+_TAKE_BACK_DETACHED = """
+    UPDATE chunks SET document_id = origin_id, source_id = given.source_id, workspace = given.workspace
+    FROM vectorkeep_documents AS given
+    WHERE chunks.document_id IS NULL AND chunks.origin_id = given.id AND given.id = ANY(%s)
+"""
+
+_DELETE_GONE_CHUNKS = """
+    DELETE FROM chunks
+    WHERE document_id = ANY(%(ids)s)
+      AND NOT EXISTS (SELECT FROM vectorkeep_chunks AS given
+                      WHERE given.id = chunks.id AND given.document_id = chunks.document_id)
+"""
+
+_DELETE_DETACHED = "DELETE FROM chunks WHERE document_id IS NULL AND origin_id = ANY(%s)"
+
+_UPDATE_CHUNK_VECTORS = """
+    UPDATE chunks
+    SET text = given.text, text_hash = given.text_hash, embedding = given.embedding
+    FROM vectorkeep_chunks AS given
+    WHERE chunks.id = given.id AND chunks.document_id = given.document_id
+      AND (chunks.text_hash, chunks.embedding) IS DISTINCT FROM (given.text_hash, given.embedding)
+"""
+
+_UPDATE_CHUNKS = """
+    UPDATE chunks
+    SET chunk_index = given.chunk_index, source_id = given.source_id, workspace = given.workspace,
+        metadata = given.metadata
+    FROM vectorkeep_chunks AS given
+    WHERE chunks.id = given.id AND chunks.document_id = given.document_id
+      AND (chunks.chunk_index, chunks.source_id, chunks.workspace, chunks.metadata)
+          IS DISTINCT FROM (given.chunk_index, given.source_id, given.workspace, given.metadata)
+"""
+
+# A chunk id that some other document holds breaks the primary key: the document is refused, none is robbed.
+_INSERT_CHUNKS = """
+    INSERT INTO chunks (id, document_id, chunk_index, source_id, workspace, text, text_hash, embedding,
+                        metadata)
+    SELECT id, document_id, chunk_index, source_id, workspace, text, text_hash, embedding, metadata
+    FROM vectorkeep_chunks AS given
+    WHERE NOT EXISTS (SELECT FROM chunks
+                      WHERE chunks.id = given.id AND chunks.document_id = given.document_id)
+    ORDER BY id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertBatch:
+    """Documents with distinct ids, all checked, and the model of their vectors."""
+
+    documents: Sequence[PreparedDocument]
+    model_id: str | None
+
+    def write(self, transaction: WriteTransaction) -> dict[str, Outcome]:
+        """Write what differs from the stored rows. Returns the outcome of every document by id."""
+        cursor = transaction.cursor
+        stored = lock_stored(cursor, [d.id for d in self.documents])
+        differing = [d for d in self.documents if d.id not in stored or stored[d.id].differs(d)]
+        outcomes: dict[str, Outcome] = {d.id: "unchanged" for d in self.documents}
+        if not differing:
+            return outcomes
+        create_staging(cursor)
+        stage_documents(cursor, differing, self.model_id, datetime.now(UTC))
+        inserted = _insert_new(cursor, [d for d in differing if d.id not in stored], stored)
+        updated = [d for d in differing if d.id not in inserted and stored[d.id].differs(d)]
+        _update_stored(cursor, updated, stored)
+        written = [d for d in differing if d.id in inserted] + updated
+        _write_chunks(cursor, written, stored, inserted)
+        for document in written:
+            transaction.touch(document.source_id, document.workspace)
+            if document.id in stored:
+                transaction.touch(stored[document.id].source_id, stored[document.id].workspace)
+        outcomes |= dict.fromkeys(inserted, "inserted")
+        outcomes |= dict.fromkeys((d.id for d in updated), "updated")
+        return outcomes
+
+
+def _insert_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], stored: dict[str, StoredRow]) -> set[str]:
+    """Insert the `new` documents. One that another writer made meanwhile is locked and joins `stored`."""
+    inserted: set[str] = set()
+    while new:
+        cursor.execute(_INSERT_NEW, ([d.id for d in new],))
+        inserted.update(row[0] for row in cursor)
+        late = [d for d in new if d.id not in inserted]
+        stored.update(lock_stored(cursor, [d.id for d in late]) if late else {})
+        new = [d for d in late if d.id not in stored]  # made and deleted again by others: try once more
+    return inserted
+
+
+def _update_stored(cursor: Cursor[Any], documents: Sequence[PreparedDocument], stored: dict[str, StoredRow]) -> None:
+    shapes: dict[tuple[bool, bool], list[str]] = {}
+    for document in documents:
+        shape = (stored[document.id].vector_differs(document), document.chunks is not None)
+        shapes.setdefault(shape, []).append(document.id)
+    for (vector, chunks), ids in shapes.items():
+        statement = _UPDATE.format(
+            and_vector=_AND_VECTOR if vector else _NOTHING, and_chunks=_AND_CHUNKS if chunks else _NOTHING
+        )
+        cursor.execute(statement, (ids,))
+
+
+def _write_chunks(
+    cursor: Cursor[Any],
+    documents: Sequence[PreparedDocument],
+    stored: dict[str, StoredRow],
+    inserted: set[str],
+) -> None:
+    """Bring the chunks of `documents` to what was given; where none were, keep and move the stored ones."""
+    kept = [d for d in documents if d.chunks is None]
+    if new := [d.id for d in kept if d.id in inserted]:
+        cursor.execute(_TAKE_BACK_DETACHED, (new,))
+    if moved := [d.id for d in kept if d.id in stored and _moves(d, stored[d.id])]:
+        cursor.execute(_MOVE_CHUNKS, (moved,))
+    replaced = [d for d in documents if d.chunks is not None]
+    if not replaced:
+        return
+    ids = [d.id for d in replaced]
+    if any(d.chunks for d in replaced):
+        stage_chunks(cursor, replaced)
+    cursor.execute(_DELETE_DETACHED, (ids,))
+    if any(d.id in stored for d in replaced):
+        cursor.execute(_DELETE_GONE_CHUNKS, {"ids": ids})
+        cursor.execute(_UPDATE_CHUNK_VECTORS)
+        cursor.execute(_UPDATE_CHUNKS)
+    cursor.execute(_INSERT_CHUNKS)
+
+
+def _moves(document: PreparedDocument, stored: StoredRow) -> bool:
+    return (document.source_id, document.workspace) != (stored.source_id, stored.workspace)
