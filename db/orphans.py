@@ -124,8 +124,9 @@ def _remove_batch(
     ids = [row[0] for row in locked]
     if not ids:
         return 0, None
-    transaction.cursor.execute(_DELETE_BATCH.format(**parts), {"ids": ids, "min_age": min_age})
-    gone = transaction.cursor.fetchall()
+    gone = transaction.cursor.execute(_DELETE_BATCH.format(**parts), {"ids": ids, "min_age": min_age}).fetchall()
+    # Else this session may report the dead rows after VACUUM has reported that there are none.
+    transaction.cursor.execute("SELECT pg_stat_force_next_flush()")
     for source_id, workspace in gone:
         transaction.touch(source_id, workspace)
     return len(gone), ids[-1] if len(ids) == batch_size else None

@@ -3,9 +3,10 @@
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Float, case, func, select
+from sqlalchemy import Connection, Float, Text, case, column, func, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy import text as sql
+from sqlalchemy.dialects.postgresql import array
 
 from .engine import Database
 from .index_health import inspect_indexes, overall
@@ -76,9 +77,10 @@ def _sources(connection: Connection, workspace: str | None) -> list[str]:
 
 def _storage_bytes(connection: Connection) -> int:
     """Tables with their indexes and TOAST, all that are ours."""
-    names = [table.name for table in Base.metadata.sorted_tables]
-    size = func.pg_total_relation_size(func.to_regclass(func.unnest(names)).label("oid"))
-    return sum(size or 0 for size in connection.scalars(select(size)))
+    names = array([table.name for table in Base.metadata.sorted_tables], type_=Text)
+    size = func.sum(func.pg_total_relation_size(func.to_regclass(column("name"))))
+    statement = select(size).select_from(func.unnest(names).alias("name"))
+    return int(connection.scalars(statement).one() or 0)
 
 
 def _performance(connection: Connection) -> Performance:
