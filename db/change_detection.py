@@ -6,7 +6,7 @@ from typing import Any
 
 from psycopg import Connection, Cursor
 
-from .documents import ItemHashes, PreparedDocument
+from .documents import HashedItem, PreparedDocument
 
 # Of the rows of a batch, those that are new or differ in a part that was given.
 _CHANGED = """
@@ -76,7 +76,7 @@ def changed_ids(connection: Connection[Any], documents: Sequence[PreparedDocumen
     return {row[0] for row in connection.execute(_CHANGED, parameters)}
 
 
-def changed_items(connection: Connection[Any], items: Sequence[ItemHashes], model_id: str) -> dict[str, bool]:
+def changed_items(connection: Connection[Any], items: Sequence[HashedItem], model_id: str) -> dict[str, bool]:
     """Ids of the `items` that differ from what is stored; the value tells whether the vector may stay."""
     parameters = {
         "ids": [item.id for item in items],

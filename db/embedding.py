@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from . import vector_cache, vectors
 from .chunking import Chunker, TextChunk
-from .documents import ItemHashes, PreparedDocument, VectorCodec, prepare_item
+from .documents import HashedItem, PreparedDocument, VectorCodec, prepare_item
 from .embedder import checked
 from .engine import Database
 from .transactions import retried
@@ -39,7 +39,7 @@ class TextEmbedder:
     def __post_init__(self) -> None:
         self.model_id = self.embedder.model_id
 
-    def embed_items(self, items: Sequence[ItemHashes]) -> dict[str, EmbeddedItem]:
+    def embed_items(self, items: Sequence[HashedItem]) -> dict[str, EmbeddedItem]:
         """The chunks and vectors of `items`, by id."""
         chunked = {item.id: self.chunker.split(item.text) for item in items}
         known = self.embed_texts(list({c.text for chunks in chunked.values() for c in chunks}))
@@ -69,7 +69,7 @@ class TextEmbedder:
             vector_cache.fill(connection, fresh, self.model_id)
 
 
-def document_of(item: ItemHashes, embedded: EmbeddedItem | None, model: VectorCodec) -> PreparedDocument:
+def document_of(item: HashedItem, embedded: EmbeddedItem | None, model: VectorCodec) -> PreparedDocument:
     """The document to store for `item`; without vectors, one whose stored vectors and chunks stay.
 
     Its own vector is the mean of its chunks' vectors, weighted by their length, scaled to length 1.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import psycopg
 
 from .change_detection import changed_ids, changed_items
-from .documents import ItemHashes, PreparedDocument, as_item, hash_item, prepare
+from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
 from .engine import Database
 from .errors import ValidationError
@@ -82,7 +82,7 @@ class Ingestion:
         return list(valid.values())
 
     def _embed_changed(
-        self, items: Sequence[ItemHashes], embedder: TextEmbedder, tally: Tally
+        self, items: Sequence[HashedItem], embedder: TextEmbedder, tally: Tally
     ) -> list[PreparedDocument]:
         """Documents for those of `items` that changed; the text is embedded only where it did itself."""
 
@@ -148,7 +148,7 @@ class _PendingWrite:
     ids: set[str] | frozenset[str] = frozenset()
     future: "Future[None] | None" = None
 
-    def overlaps(self, items: Iterable[ItemHashes]) -> bool:
+    def overlaps(self, items: Iterable[HashedItem]) -> bool:
         return any(item.id in self.ids for item in items)
 
     def finish(self) -> None:

@@ -1,11 +1,11 @@
-"""Binary COPY into temporary tables: the fast way for rows to reach the server before they are merged.
+"""Binary COPY: of new rows straight into the tables, of others into temporary ones before they are merged.
 
 Rows are packed by hand in COPY's binary format: half the time of adapting value by value, and no type
 OID is needed for vectors.
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +23,14 @@ _FIELDS = struct.Struct(">h").pack
 _PG_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _JSONB_VERSION = b"\x01"
 _BUFFER_BYTES = 256 * 1024
+
+_DOCUMENT_COLUMNS = (
+    "id", "source_id", "workspace", "text", "text_hash", "content_hash", "vector_hash", "chunks_hash",
+    "model_id", "embedding", "metadata", "created_at", "updated_at",
+)  # fmt: skip
+_CHUNK_COLUMNS = (
+    "id", "document_id", "chunk_index", "source_id", "workspace", "text", "text_hash", "embedding", "metadata",
+)  # fmt: skip
 
 # `ON COMMIT DELETE ROWS`: made once a connection, empty at the start of every transaction.
 _CREATE = """
@@ -45,27 +53,43 @@ def create_staging(cursor: Cursor[Any]) -> None:
     cursor.execute(_CREATE)
 
 
-def stage_documents(
-    cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str | None, now: datetime
-) -> None:
-    """COPY `documents` into `vectorkeep_documents`, absent times set to `now` where a new row needs them."""
-    rows = (_document_row(document, model_id, now) for document in documents)
-    _copy(cursor, "vectorkeep_documents", rows)
+def stage_documents(cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str, now: datetime) -> None:
+    """COPY `documents` into `vectorkeep_documents`; an absent `created_at` is NULL there."""
+    rows = (_document_row(d, model_id, d.created_at, d.updated_at or now) for d in documents)
+    _copy(cursor, "vectorkeep_documents", _DOCUMENT_COLUMNS, rows)
 
 
 def stage_chunks(cursor: Cursor[Any], documents: Iterable[PreparedDocument]) -> None:
     """COPY the chunks of `documents` into `vectorkeep_chunks`."""
-    _copy(cursor, "vectorkeep_chunks", _chunk_rows(documents))
+    _copy(cursor, "vectorkeep_chunks", _CHUNK_COLUMNS, _chunk_rows(documents))
+
+
+def copy_documents(cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str, now: datetime) -> None:
+    """COPY new `documents` straight into `embeddings`. Raises UniqueViolation where one is there already."""
+    rows = (_document_row(d, model_id, d.created_at or d.updated_at or now, d.updated_at or now) for d in documents)
+    _copy(cursor, "embeddings", _DOCUMENT_COLUMNS, rows)
+
+
+def copy_chunks(cursor: Cursor[Any], documents: Iterable[PreparedDocument]) -> None:
+    """COPY the chunks of new `documents` straight into `chunks`."""
+    _copy(cursor, "chunks", _CHUNK_COLUMNS, _chunk_rows(documents))
 
 
 def copy_vectors(cursor: Cursor[Any], rows: Iterable[tuple[bytes, bytes]]) -> None:
     """COPY (key, vector in binary form) pairs into `vectorkeep_vectors`."""
     cursor.execute(_CREATE_VECTORS)
-    _copy(cursor, "vectorkeep_vectors", (_FIELDS(2) + _bytes(key) + _bytes(vector) for key, vector in rows))
+    _copy(
+        cursor,
+        "vectorkeep_vectors",
+        ("key", "embedding"),
+        (_FIELDS(2) + _bytes(key) + _bytes(vector) for key, vector in rows),
+    )
 
 
-def _copy(cursor: Cursor[Any], table: str, rows: Iterable[bytes]) -> None:
-    statement = sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(sql.Identifier(table))
+def _copy(cursor: Cursor[Any], table: str, columns: Sequence[str], rows: Iterable[bytes]) -> None:
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
+        sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))
+    )
     buffer = bytearray(_HEADER)
     with cursor.copy(statement) as copy:
         for row in rows:
@@ -76,7 +100,9 @@ def _copy(cursor: Cursor[Any], table: str, rows: Iterable[bytes]) -> None:
         copy.write(bytes(buffer + _TRAILER))
 
 
-def _document_row(document: PreparedDocument, model_id: str | None, now: datetime) -> bytes:
+def _document_row(
+    document: PreparedDocument, model_id: str, created_at: datetime | None, updated_at: datetime
+) -> bytes:
     return b"".join(
         (
             _FIELDS(13),
@@ -91,8 +117,8 @@ def _document_row(document: PreparedDocument, model_id: str | None, now: datetim
             _text(model_id if document.vector is not None else None),
             _bytes(document.vector),
             _jsonb(document.metadata),
-            _time(document.created_at),
-            _time(document.updated_at or now),
+            _time(created_at),
+            _time(updated_at),
         )
     )
 

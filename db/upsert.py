@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from psycopg import Cursor, sql
+from psycopg import errors as pg
 
 from .change_detection import StoredRow, lock_stored
 from .documents import PreparedDocument
-from .staging import create_staging, stage_chunks, stage_documents
+from .staging import copy_chunks, copy_documents, create_staging, stage_chunks, stage_documents
 from .transactions import WriteTransaction
 
 Outcome = Literal["inserted", "updated", "unchanged"]
@@ -40,16 +41,16 @@ _AND_CHUNKS = sql.SQL(", chunks_hash = given.chunks_hash")
 _NOTHING = sql.SQL("")
 
 _MOVE_CHUNKS = """
-    UPDATE chunks SET source_id = given.source_id, workspace = given.workspace
-    FROM vectorkeep_documents AS given
-    WHERE chunks.document_id = given.id AND given.id = ANY(%s)
-      AND (chunks.source_id, chunks.workspace) IS DISTINCT FROM (given.source_id, given.workspace)
+    UPDATE chunks SET source_id = document.source_id, workspace = document.workspace
+    FROM embeddings AS document
+    WHERE chunks.document_id = document.id AND document.id = ANY(%s)
+      AND (chunks.source_id, chunks.workspace) IS DISTINCT FROM (document.source_id, document.workspace)
 """
 
 _TAKE_BACK_DETACHED = """
-    UPDATE chunks SET document_id = origin_id, source_id = given.source_id, workspace = given.workspace
-    FROM vectorkeep_documents AS given
-    WHERE chunks.document_id IS NULL AND chunks.origin_id = given.id AND given.id = ANY(%s)
+    UPDATE chunks SET document_id = origin_id, source_id = document.source_id, workspace = document.workspace
+    FROM embeddings AS document
+    WHERE chunks.document_id IS NULL AND chunks.origin_id = document.id AND document.id = ANY(%s)
 """
 
 _DELETE_GONE_CHUNKS = """
@@ -96,45 +97,72 @@ class UpsertBatch:
     """Documents with distinct ids, all checked, and the model of their vectors."""
 
     documents: Sequence[PreparedDocument]
-    model_id: str | None
+    model_id: str
 
     def write(self, transaction: WriteTransaction) -> dict[str, Outcome]:
         """Write what differs from the stored rows. Returns the outcome of every document by id."""
-        cursor = transaction.cursor
+        cursor, now = transaction.cursor, datetime.now(UTC)
         stored = lock_stored(cursor, [d.id for d in self.documents])
-        differing = [d for d in self.documents if d.id not in stored or stored[d.id].differs(d)]
-        outcomes: dict[str, Outcome] = {d.id: "unchanged" for d in self.documents}
-        if not differing:
-            return outcomes
-        create_staging(cursor)
-        stage_documents(cursor, differing, self.model_id, datetime.now(UTC))
-        inserted = _insert_new(cursor, [d for d in differing if d.id not in stored], stored)
-        updated = [d for d in differing if d.id not in inserted and stored[d.id].differs(d)]
-        _update_stored(cursor, updated, stored)
-        written = [d for d in differing if d.id in inserted] + updated
-        _write_chunks(cursor, written, stored, inserted)
-        for document in written:
+        new = sorted((d for d in self.documents if d.id not in stored), key=lambda d: d.id)
+        if new and not _copy_new(cursor, new, self.model_id, now):
+            create_staging(cursor)
+            stage_documents(cursor, new, self.model_id, now)
+            new = _insert_new(cursor, new, stored)
+        inserted = {d.id for d in new}
+        updated = [d for d in self.documents if d.id not in inserted and stored[d.id].differs(d)]
+        if updated:
+            _update_stored(cursor, updated, stored, self.model_id, now)
+        _chunks_of_new(cursor, new)
+        _chunks_of_updated(cursor, updated, stored)
+        for document in (*new, *updated):
             transaction.touch(document.source_id, document.workspace)
-            if document.id in stored:
-                transaction.touch(stored[document.id].source_id, stored[document.id].workspace)
+        for document in updated:
+            transaction.touch(stored[document.id].source_id, stored[document.id].workspace)
+        outcomes: dict[str, Outcome] = {d.id: "unchanged" for d in self.documents}
         outcomes |= dict.fromkeys(inserted, "inserted")
         outcomes |= dict.fromkeys((d.id for d in updated), "updated")
         return outcomes
 
 
-def _insert_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], stored: dict[str, StoredRow]) -> set[str]:
-    """Insert the `new` documents. One that another writer made meanwhile is locked and joins `stored`."""
+def _copy_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: str, now: datetime) -> bool:
+    """COPY the `new` documents straight into the table: the fast way, where nothing is in its way.
+
+    False, with nothing done, where another writer made one of them meanwhile, or where the table takes no
+    COPY (row-level security).
+    """
+    try:
+        with cursor.connection.transaction():
+            copy_documents(cursor, new, model_id, now)
+    except (pg.UniqueViolation, pg.FeatureNotSupported):
+        return False
+    return True
+
+
+def _insert_new(
+    cursor: Cursor[Any], new: Sequence[PreparedDocument], stored: dict[str, StoredRow]
+) -> list[PreparedDocument]:
+    """Insert the staged `new` documents; returns those. One that another writer made is locked, and in `stored`."""
     inserted: set[str] = set()
-    while new:
-        cursor.execute(_INSERT_NEW, ([d.id for d in new],))
+    waiting = list(new)
+    while waiting:
+        cursor.execute(_INSERT_NEW, ([d.id for d in waiting],))
         inserted.update(row[0] for row in cursor)
-        late = [d for d in new if d.id not in inserted]
+        late = [d for d in waiting if d.id not in inserted]
         stored.update(lock_stored(cursor, [d.id for d in late]) if late else {})
-        new = [d for d in late if d.id not in stored]  # made and deleted again by others: try once more
-    return inserted
+        waiting = [d for d in late if d.id not in stored]  # made and deleted again by others: once more
+    return [d for d in new if d.id in inserted]
 
 
-def _update_stored(cursor: Cursor[Any], documents: Sequence[PreparedDocument], stored: dict[str, StoredRow]) -> None:
+def _update_stored(
+    cursor: Cursor[Any],
+    documents: Sequence[PreparedDocument],
+    stored: dict[str, StoredRow],
+    model_id: str,
+    now: datetime,
+) -> None:
+    create_staging(cursor)
+    cursor.execute("TRUNCATE vectorkeep_documents")
+    stage_documents(cursor, documents, model_id, now)
     shapes: dict[tuple[bool, bool], list[str]] = {}
     for document in documents:
         shape = (stored[document.id].vector_differs(document), document.chunks is not None)
@@ -146,29 +174,30 @@ def _update_stored(cursor: Cursor[Any], documents: Sequence[PreparedDocument], s
         cursor.execute(statement, (ids,))
 
 
-def _write_chunks(
-    cursor: Cursor[Any],
-    documents: Sequence[PreparedDocument],
-    stored: dict[str, StoredRow],
-    inserted: set[str],
+def _chunks_of_new(cursor: Cursor[Any], documents: Sequence[PreparedDocument]) -> None:
+    """Insert the chunks of new documents. Detached ones from before are taken back, or give way."""
+    if kept := [d.id for d in documents if d.chunks is None]:
+        cursor.execute(_TAKE_BACK_DETACHED, (kept,))
+    if given := [d for d in documents if d.chunks is not None]:
+        cursor.execute(_DELETE_DETACHED, ([d.id for d in given],))
+        copy_chunks(cursor, given)
+
+
+def _chunks_of_updated(
+    cursor: Cursor[Any], documents: Sequence[PreparedDocument], stored: dict[str, StoredRow]
 ) -> None:
     """Bring the chunks of `documents` to what was given; where none were, keep and move the stored ones."""
-    kept = [d for d in documents if d.chunks is None]
-    if new := [d.id for d in kept if d.id in inserted]:
-        cursor.execute(_TAKE_BACK_DETACHED, (new,))
-    if moved := [d.id for d in kept if d.id in stored and _moves(d, stored[d.id])]:
+    if moved := [d.id for d in documents if d.chunks is None and _moves(d, stored[d.id])]:
         cursor.execute(_MOVE_CHUNKS, (moved,))
     replaced = [d for d in documents if d.chunks is not None]
     if not replaced:
         return
     ids = [d.id for d in replaced]
-    if any(d.chunks for d in replaced):
-        stage_chunks(cursor, replaced)
+    stage_chunks(cursor, replaced)
     cursor.execute(_DELETE_DETACHED, (ids,))
-    if any(d.id in stored for d in replaced):
-        cursor.execute(_DELETE_GONE_CHUNKS, {"ids": ids})
-        cursor.execute(_UPDATE_CHUNK_VECTORS)
-        cursor.execute(_UPDATE_CHUNKS)
+    cursor.execute(_DELETE_GONE_CHUNKS, {"ids": ids})
+    cursor.execute(_UPDATE_CHUNK_VECTORS)
+    cursor.execute(_UPDATE_CHUNKS)
     cursor.execute(_INSERT_CHUNKS)
 
 

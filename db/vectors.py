@@ -5,6 +5,7 @@ restore changes. Here a vector is bytes that the server casts: parameters as `%s
 through `vector_send(column)`. Layout: uint16 dimensions, uint16 zero, then big-endian float32 each.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def decode(data: bytes) -> NDArray[np.float32]:
 
 def as_vector(value: Any) -> NDArray[np.float32]:
     """`value` as a float32 vector, shape (dimensions,). Raises ValidationError where it is not one."""
+    if isinstance(value, np.ndarray) and value.dtype == np.float32 and _is_plainly_fine(value):
+        return value
     try:
         array = np.asarray(value)
     except ValueError as exc:
@@ -69,6 +72,11 @@ def as_vector(value: Any) -> NDArray[np.float32]:
     if not np.isfinite(vector).all():
         raise ValidationError("vector has components that are NaN, infinite or beyond float32")
     return vector
+
+
+def _is_plainly_fine(array: NDArray[np.float32]) -> bool:
+    """One pass for nearly every vector: a finite product with itself means finite components."""
+    return array.ndim == 1 and 0 < array.size <= MAX_DIMENSIONS and math.isfinite(np.dot(array, array))
 
 
 def check_fits(vector: NDArray[np.float32], distance: Distance, *, indexed: bool) -> None:
