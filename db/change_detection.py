@@ -87,6 +87,12 @@ def changed_items(connection: Connection[Any], items: Sequence[HashedItem], mode
     return dict(connection.execute(_CHANGED_ITEMS, parameters).fetchall())
 
 
+def stored_ids(connection: Connection[Any], ids: Sequence[str]) -> set[str]:
+    """Those of `ids` that are stored."""
+    rows = connection.execute("SELECT id FROM embeddings WHERE id = ANY(%s)", (list(ids),))
+    return {row[0] for row in rows}
+
+
 def lock_stored(cursor: Cursor[Any], ids: Sequence[str]) -> dict[str, StoredRow]:
     """Lock the rows of `ids` that exist, in order of id so that writers never deadlock, and read them."""
     cursor.execute(_LOCK_STORED, (sorted(ids),))

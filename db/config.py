@@ -24,7 +24,13 @@ class Settings(BaseSettings):
     embedded servers under `home`; `redis_url` False means no cache.
     """
 
-    model_config = SettingsConfigDict(env_prefix="VECTORKEEP_", extra="forbid", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="VECTORKEEP_",
+        env_ignore_empty=True,
+        env_parse_none_str="null",
+        extra="forbid",
+        populate_by_name=True,
+    )
 
     database_url: str | None = None
     maintenance_url: str | None = None
@@ -61,6 +67,11 @@ class Settings(BaseSettings):
     postgres_password: pydantic.SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("postgres_password", "POSTGRES_PASSWORD")
     )
+
+    @pydantic.field_validator("redis_url", mode="before")
+    @classmethod
+    def _no_cache(cls, value: Any) -> Any:
+        return False if isinstance(value, str) and value.lower() in ("false", "off", "") else value
 
     @classmethod
     def load(cls, given: Mapping[str, Any]) -> Self:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from .change_detection import changed_ids, changed_items
+from .change_detection import changed_ids, changed_items, stored_ids
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
 from .engine import Database
@@ -66,6 +66,25 @@ class Ingestion:
                     )
             finally:
                 pending.finish()
+
+    def compare(self, items: Iterable[Item | Mapping[str, Any]], model_id: str, batch_size: int, tally: Tally) -> None:
+        """Count what `embed` would do with `items`; nothing is embedded or written."""
+        for batch in batches(iter(items), batch_size):
+            hashed = self._checked(batch, lambda item: hash_item(as_item(item)), tally)
+            tally.add(self._outcomes_ahead(hashed, model_id))
+            tally.progress(len(batch))
+
+    def _outcomes_ahead(self, items: Sequence[HashedItem], model_id: str) -> dict[str, Outcome]:
+        def look() -> dict[str, Outcome]:
+            with self.database.connection() as connection:
+                changed = changed_items(connection, items, model_id)
+                stored = stored_ids(connection, list(changed))
+            return {
+                item.id: "unchanged" if item.id not in changed else "updated" if item.id in stored else "inserted"
+                for item in items
+            }
+
+        return retried(look)
 
     def _checked(self, batch: Sequence[Any], check: Callable[[Any], T], tally: Tally) -> list[T]:
         """The valid ones of `batch`, the last of each id. The others are counted."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from hashlib import sha256
 from typing import Any
 
 from psycopg import Connection
@@ -32,19 +33,37 @@ class Purpose(IntEnum):
     MAINTENANCE = 3
 
 
+# One source's sync: the class, and a hash of the source. Sources that share a hash wait for each other.
+_SYNC_CLASS = 0x766C
+
+
+@contextmanager
+def sync_lock(connection: Connection[Any], source_id: str, *, wait_s: float) -> Iterator[None]:
+    """Hold the lock of one source's sync on `connection`. Raises BusyError that says who has it."""
+    digest = int.from_bytes(sha256(source_id.encode()).digest()[:4], signed=True)
+    with _locked(connection, (_SYNC_CLASS, digest), f"the sync of source {source_id!r}", wait_s):
+        yield
+
+
 @contextmanager
 def advisory_lock(connection: Connection[Any], purpose: Purpose, *, wait_s: float) -> Iterator[None]:
+    """Hold the lock of `purpose` on `connection`. Raises BusyError that says who has it."""
+    with _locked(connection, (LOCK_CLASS, int(purpose)), purpose.name.lower(), wait_s):
+        yield
+
+
+@contextmanager
+def _locked(connection: Connection[Any], key: tuple[int, int], name: str, wait_s: float) -> Iterator[None]:
     """Hold a session lock on `connection`, a direct one in autocommit. Raises BusyError after `wait_s`.
 
     It polls: a session that waits inside a statement holds a snapshot, and whoever has the lock and
     builds an index CONCURRENTLY would wait for that snapshot for ever.
     """
     deadline = time.monotonic() + wait_s
-    key = (LOCK_CLASS, int(purpose))
     while not _try_lock(connection, key):
         if time.monotonic() >= deadline:
             raise BusyError(
-                f"{purpose.name.lower()} is locked by {lock_holder(connection, purpose)}; "
+                f"{name} is locked by {_holder(connection, key)}; "
                 f"gave up after {wait_s:g} s, try again when it has finished"
             )
         time.sleep(_POLL_S)
@@ -60,9 +79,9 @@ def _try_lock(connection: Connection[Any], key: tuple[int, int]) -> bool:
     return bool(row and row[0])
 
 
-def lock_holder(connection: Connection[Any], purpose: Purpose) -> str:
+def _holder(connection: Connection[Any], key: tuple[int, int]) -> str:
     """Who holds the lock, for a message to a person."""
-    row = connection.execute(_HOLDER, (LOCK_CLASS, int(purpose))).fetchone()
+    row = connection.execute(_HOLDER, (key[0], key[1] & 0xFFFFFFFF)).fetchone()
     if row is None:
         return "nobody any more"
     pid, application, user, address = row

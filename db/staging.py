@@ -86,6 +86,19 @@ def copy_vectors(cursor: Cursor[Any], rows: Iterable[tuple[bytes, bytes]]) -> No
     )
 
 
+def copy_ids(cursor: Cursor[Any], table: str, ids: Iterable[str]) -> None:
+    """COPY `ids` into the column `id` of `table`. Ids that are no valid text are left out."""
+    rows = (_FIELDS(1) + _bytes(encoded) for encoded in (_encodable(id_) for id_ in ids) if encoded is not None)
+    _copy(cursor, table, ("id",), rows)
+
+
+def _encodable(value: str) -> bytes | None:
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        return None
+
+
 def _copy(cursor: Cursor[Any], table: str, columns: Sequence[str], rows: Iterable[bytes]) -> None:
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
         sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))

@@ -36,6 +36,7 @@ from .metrics import MetricsRecorder, Operation
 from .query_cache import QueryCache
 from .registry import Model, StoreModel
 from .search import Query, Searcher
+from .sync import SourceSync
 from .tally import Tally, total_of
 from .transactions import LoggedWrite, bounded_tags, retried, run_write, source_tag, workspace_tag
 from .types import (
@@ -234,12 +235,37 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         tally = Tally(total_of(items), on_progress)
         with self._metrics.measure("embed_batch") as operation:
             self._ingestion().embed(items, texts, batch_size, tally)
-            operation.counts = _counts(tally, "inserted", "updated", "superseded", "failed") | {
-                "skipped": tally["unchanged"],
-                "deleted": 0,
-                "cache_hits": texts.cache_hits,
-                "embedded": texts.embedded,
-            }
+            operation.counts = _embed_counts(tally, texts, deleted=0)
+        return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
+
+    @_call
+    def sync(
+        self,
+        items: Iterable[Item | Mapping[str, Any]],
+        *,
+        source_id: str,
+        allow_empty: bool = False,
+        dry_run: bool = False,
+        embedder: Embedder | None = None,
+        batch_size: int = 1000,
+        on_progress: Progress | None = None,
+        wait_s: float = 0,
+    ) -> EmbedResult:
+        """Bring one source to exactly what `items` holds; their own `source_id` is not looked at.
+
+        Documents of the source that `items` does not hold are deleted after the whole iteration ended well. An
+        item that is not valid keeps what is stored of it. No items at all need `allow_empty`. `dry_run` only
+        counts. Another sync of the source is waited for up to `wait_s` seconds, then BusyError says who runs it.
+        """
+        _check_batch_size(batch_size)
+        check_key("source_id", source_id)
+        texts = self._text_embedder(embedder, register=not dry_run)
+        tally = Tally(total_of(items), on_progress)
+        with self._metrics.measure("sync_dry_run" if dry_run else "sync") as operation:
+            deleted = SourceSync(self._ingestion(), source_id, tally).run(
+                items, texts, batch_size=batch_size, allow_empty=allow_empty, dry_run=dry_run, wait_s=wait_s
+            )
+            operation.counts = _embed_counts(tally, texts, deleted)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
     @_call
@@ -491,13 +517,13 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     def _ingestion(self) -> Ingestion:
         return Ingestion(self._database, self._model, self._invalidate)
 
-    def _text_embedder(self, embedder: Embedder | None) -> TextEmbedder:
+    def _text_embedder(self, embedder: Embedder | None, *, register: bool = True) -> TextEmbedder:
         """`embedder`, or the store's own, checked against the store's model, behind the vector cache."""
         chosen = embedder or self._embedder
         if chosen is None:
             raise ValidationError("the store has no embedder; give one to connect(embedder=...) or to this call")
-        model = self._model.register(chosen.dimensions, chosen.model_id)
-        if (model.model_id, model.dimensions) != (chosen.model_id, chosen.dimensions):
+        model = self._model.register(chosen.dimensions, chosen.model_id) if register else self.model
+        if model is not None and (model.model_id, model.dimensions) != (chosen.model_id, chosen.dimensions):
             raise SchemaError(
                 f"the embedder is {chosen.model_id!r} of {chosen.dimensions} dimensions, the store's model is "
                 f"{model.model_id!r} of {model.dimensions}; vectors of two models cannot be compared"
@@ -507,7 +533,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     def _embed_query(self, text: str) -> NDArray[np.float32]:
         if not text:
             raise ValidationError("the text is empty; expected a string to embed")
-        [vector] = self._text_embedder(None).embed_texts([text]).values()
+        [vector] = self._text_embedder(None, register=False).embed_texts([text]).values()
         return vector
 
     def _reload_model(self) -> Model | None:
@@ -533,6 +559,15 @@ class VectorStore(AbstractContextManager["VectorStore"]):
 
 def _counts(tally: Tally, *names: str) -> dict[str, int]:
     return {name: tally[name] for name in names}
+
+
+def _embed_counts(tally: Tally, texts: TextEmbedder, deleted: int) -> dict[str, int]:
+    return _counts(tally, "inserted", "updated", "superseded", "failed") | {
+        "skipped": tally["unchanged"],
+        "deleted": deleted,
+        "cache_hits": texts.cache_hits,
+        "embedded": texts.embedded,
+    }
 
 
 def _check_batch_size(batch_size: int) -> None:
