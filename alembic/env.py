@@ -6,16 +6,17 @@ with the connection in `config.attributes["connection"]`. Without one it opens i
 the library's settings; a `sqlalchemy.url` in the configuration wins over them.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.config import fileConfig
 
 import psycopg
 import sqlalchemy
-from alembic import context
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, MetaData, inspect, text
+from sqlalchemy import Connection, Engine, text
 
+from alembic import context
 from db.config import Settings, libpq_url
 from db.errors import SchemaError, VectorKeepError
 from db.migration_session import BlockerWatch, direct_engine, explained, migration_session
@@ -31,7 +32,16 @@ from_command_line = config.cmd_opts is not None
 if from_command_line and config.config_file_name is not None:
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
-VECTOR_TABLES = ("embeddings", "chunks")
+VECTOR_INDEXES = {vector_index_name(name): Base.metadata.tables[name] for name in ("embeddings", "chunks")}
+ACTIVE_MODEL = text("SELECT dimensions, distance FROM embedding_models WHERE active AND dimensions <= :most")
+INDEX_DEFINITION = text("""
+    SELECT concat_ws(' ', amname, coalesce(pg_get_expr(indexprs, indrelid), 'a column'), opcname)
+    FROM pg_index
+    JOIN pg_class ON pg_class.oid = indexrelid
+    JOIN pg_am ON pg_am.oid = relam
+    JOIN pg_opclass ON pg_opclass.oid = indclass[0]
+    WHERE indexrelid = to_regclass(:name)
+""")
 CHANGING = ("upgrade", "downgrade", "do_stamp")
 
 
@@ -100,7 +110,7 @@ def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
     try:
         context.configure(
             connection=connection,
-            target_metadata=expected_metadata(connection),
+            target_metadata=Base.metadata,
             transaction_per_migration=True,
             compare_type=True,
             compare_server_default=True,
@@ -122,42 +132,33 @@ def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
 
 
 def include_name(name: str | None, kind: str, _parents: object) -> bool:
-    """Leave tables that are not ours alone: other programs may live in the same database."""
-    return kind != "table" or name in Base.metadata.tables
+    """Whether autogenerate and `alembic check` compare this.
 
-
-def expected_metadata(connection: Connection) -> MetaData:
-    """A copy of the models with the vector indexes that the registered model has by right.
-
-    An index that is not there is no difference: no migration makes it, searches work without it, and the
-    doctor reports it. One that is there must be over the right expression.
+    Not the tables of other programs in the same database. Not a vector index that is as the registered
+    model wants it: no migration makes it. One that differs is reported, one that is missing is not (searches
+    are exact without it, and the doctor tells).
     """
-    expected = MetaData(naming_convention=Base.metadata.naming_convention)
-    model, present = registered_model(connection)
-    for table in Base.metadata.sorted_tables:
-        if model is not None and table.name in VECTOR_TABLES and vector_index_name(table.name) in present:
-            vector_index(table, *model).table.to_metadata(expected)
-        else:
-            table.to_metadata(expected)
-    return expected
+    if kind == "table":
+        return name in Base.metadata.tables
+    if kind == "index" and name in VECTOR_INDEXES:
+        return not fits_registered_model(context.get_context().connection, name)
+    return True
 
 
-def registered_model(connection: Connection) -> tuple[tuple[int, str] | None, set[str]]:
-    """(dimensions, distance) of the active model, and the names of the vector tables' indexes."""
-    if connection.in_transaction():
-        return None, set()
-    try:
-        inspector = inspect(connection)
-        if not inspector.has_table("embedding_models"):
-            return None, set()
-        row = connection.execute(
-            text("SELECT dimensions, distance FROM embedding_models WHERE active AND dimensions <= :most"),
-            {"most": MAX_INDEXED_DIMENSIONS},
-        ).first()
-        names = {str(index["name"]) for table in VECTOR_TABLES for index in inspector.get_indexes(table)}
-        return (row.dimensions, row.distance) if row else None, names
-    finally:
-        connection.rollback()
+def fits_registered_model(connection: Connection, index_name: str) -> bool:
+    if connection.execute(text("SELECT to_regclass('embedding_models')")).scalar_one() is None:
+        return False
+    model = connection.execute(ACTIVE_MODEL, {"most": MAX_INDEXED_DIMENSIONS}).first()
+    actual = connection.execute(INDEX_DEFINITION, {"name": index_name}).scalar_one_or_none()
+    if model is None or actual is None:
+        return False
+    expected = vector_index(VECTOR_INDEXES[index_name], model.dimensions, model.distance)
+    return bare(actual) == bare(f"hnsw {expected.expressions[0]}")
+
+
+def bare(definition: str) -> str:
+    """`definition` without blanks and parentheses, of which PostgreSQL adds some of its own."""
+    return re.sub(r"[\s()]", "", definition)
 
 
 def check_rows_may_go() -> None:

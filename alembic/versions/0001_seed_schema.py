@@ -4,10 +4,10 @@ Revision ID: 0001
 Revises:
 """
 
-from alembic import context, op
 from psycopg import errors as pg
 from sqlalchemy.exc import DBAPIError
 
+from alembic import context, op
 from db.errors import SchemaError
 
 revision = "0001"
