@@ -349,6 +349,6 @@ def with_redis_database(url: str, offset: int) -> str:
     """`url` with its database number raised by `offset`."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
-        return parts._replace(query=f"db={offset % REDIS_DATABASES}").geturl()
+        return f"unix://{parts.path}?db={offset % REDIS_DATABASES}"
     number = int(parts.path.strip("/") or 0) + offset
     return parts._replace(path=f"/{number % REDIS_DATABASES}").geturl()
