@@ -140,6 +140,8 @@ def session_conninfo(url: str, settings: Settings, *, maintenance: bool = False)
         f"-c statement_timeout={statement_ms}",
         f"-c idle_in_transaction_session_timeout={idle_ms}",
         "-c client_min_messages=warning",
+        # A generic plan made while a table was empty, or for any source alike, is kept and reads everything.
+        "-c plan_cache_mode=force_custom_plan",
     ]
     parts.setdefault("application_name", "vectorkeep maintenance" if maintenance else "vectorkeep")
     parts.setdefault("connect_timeout", max(2, round(settings.connect_timeout_s)))

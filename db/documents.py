@@ -75,7 +75,7 @@ def text_hash(text: str) -> bytes:
 
 def content_hash(text_digest: bytes, source_id: str, metadata: bytes) -> bytes:
     """Hash of what the caller wrote. `metadata` is canonical JSON, see `canonical_metadata`."""
-    return sha256(text_digest + orjson.dumps(source_id) + metadata).digest()
+    return sha256(b"%b%b\0%b" % (text_digest, source_id.encode(), metadata)).digest()  # no source has a NUL
 
 
 def prepare(document: Document | Mapping[str, Any], model: VectorCodec) -> PreparedDocument:
@@ -156,7 +156,7 @@ def check_key(name: str, value: Any) -> str:
     """`value` as an id, source or workspace: a string, not empty, at most 1 KiB, that UTF-8 can hold."""
     if not isinstance(value, str) or not value:
         raise ValidationError(f"{name} is {_shown(value)}; expected a string that is not empty")
-    size = len(_utf8(name, value))
+    size = _utf8_size(name, value)
     if size > MAX_KEY_BYTES:
         raise ValidationError(f"{name} has {size} bytes; expected at most {MAX_KEY_BYTES}")
     return value
@@ -165,7 +165,7 @@ def check_key(name: str, value: Any) -> str:
 def check_text(value: Any, name: str = "text") -> None:
     if not isinstance(value, str) or not value:
         raise ValidationError(f"{name} is {_shown(value)}; expected a string that is not empty")
-    _utf8(name, value)
+    _utf8_size(name, value)
 
 
 def workspace_of(metadata: Mapping[str, Any]) -> str | None:
@@ -182,35 +182,69 @@ def canonical_metadata(metadata: Any) -> bytes:
     """
     if not isinstance(metadata, Mapping):
         raise ValidationError(f"metadata is {_shown(metadata)}; expected an object")
-    plain = _plain_json(metadata, "metadata", 0)
     try:
-        return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
+        _check_json(metadata, 0)
+        return orjson.dumps(metadata, default=_as_dict, option=orjson.OPT_SORT_KEYS)
+    except _BadJsonError as exc:
+        where = "".join(f"[{key!r}]" for key in reversed(exc.path))
+        raise ValidationError(f"metadata{where} {exc.reason}") from None
     except (TypeError, RecursionError) as exc:
         raise ValidationError(f"metadata is not JSON-serializable: {exc}") from exc
 
 
-def _plain_json(value: Any, where: str, depth: int) -> Any:
-    """`value` in JSON's own types. orjson alone would turn NaN into null and dates into strings."""
-    if depth > _MAX_DEPTH:
-        raise ValidationError(f"metadata is nested deeper than {_MAX_DEPTH} levels")
+class _BadJsonError(Exception):
+    """A value that JSON or PostgreSQL cannot hold, and the keys that lead to it, innermost first."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.path: list[str | int] = []
+
+
+def _check_json(value: Any, depth: int) -> None:
+    """Refuse what orjson alone would let through changed: NaN becomes null there, a date a string."""
     if isinstance(value, str):
-        _utf8(where, value)
-        return value
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
+        _check_json_text(value)
+    elif value is None or isinstance(value, int):
+        return
+    elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValidationError(f"{where} is {value}; JSON has no such number")
-        return value
-    if isinstance(value, Mapping):
-        for key in value:
+            raise _BadJsonError(f"is {value}; JSON has no such number")
+    elif depth > _MAX_DEPTH:
+        raise _BadJsonError(f"is nested deeper than {_MAX_DEPTH} levels")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
             if not isinstance(key, str):
-                raise ValidationError(f"{where} has the key {_shown(key)}; expected strings as keys")
-            _utf8(f"a key of {where}", key)
-        return {key: _plain_json(item, f"{where}[{key[:40]!r}]", depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_json(item, f"{where}[{n}]", depth + 1) for n, item in enumerate(value)]
-    raise ValidationError(f"{where} is a {type(value).__name__}, which is not JSON-serializable")
+                raise _BadJsonError(f"has the key {_shown(key)}; expected strings as keys")
+            _check_json_text(key)
+            _check_json_item(key[:40], item, depth)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json_item(index, item, depth)
+    else:
+        raise _BadJsonError(f"is a {type(value).__name__}, which is not JSON-serializable")
+
+
+def _check_json_item(key: str | int, item: Any, depth: int) -> None:
+    try:
+        _check_json(item, depth + 1)
+    except _BadJsonError as exc:
+        exc.path.append(key)
+        raise
+
+
+def _check_json_text(value: str) -> None:
+    try:
+        _utf8_size("has text that", value)
+    except ValidationError as exc:
+        raise _BadJsonError(str(exc)) from None
+
+
+def _as_dict(value: Any) -> Any:
+    """orjson writes dicts only; any mapping may be given."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _encode(embedding: Any, model: VectorCodec) -> bytes | None:
@@ -257,11 +291,14 @@ def _check_time(name: str, value: Any) -> datetime | None:
     return value
 
 
-def _utf8(name: str, value: str) -> bytes:
+def _utf8_size(name: str, value: str) -> int:
+    """The bytes of `value` in UTF-8. Raises ValidationError where PostgreSQL cannot store it."""
     if "\0" in value:
         raise ValidationError(f"{name} has a NUL character, which PostgreSQL cannot store; remove it")
+    if value.isascii():
+        return len(value)
     try:
-        return value.encode()
+        return len(value.encode())
     except UnicodeEncodeError as exc:
         raise ValidationError(f"{name} has a lone surrogate at {exc.start}; it is not valid text") from exc
 
