@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 
 from . import vectors
 from .config import Settings, redacted, session_conninfo
-from .errors import UnavailableError
+from .errors import SchemaError, UnavailableError
 
 logger = logging.getLogger("vectorkeep")
 
@@ -53,6 +53,10 @@ class Identity:
     life: str
     write_log: int
     replica: bool
+
+
+MIN_POSTGRES = 16
+MIN_PGVECTOR = (0, 8)  # iterative index scans
 
 
 class StoreConnection(Connection[Any]):
@@ -100,7 +104,7 @@ class Database:
         self.url = url
         self.settings = settings
         self.identity: Identity | None = None  # as the newest connection saw it
-        self._maintenance_url = settings.maintenance_url or url
+        self._maintenance_url = settings.direct_url() or url
         self.pool: ConnectionPool[StoreConnection] = ConnectionPool(
             session_conninfo(url, settings),
             connection_class=StoreConnection,
@@ -178,6 +182,18 @@ def adapt(connection: Connection[Any], *, debug: bool = False) -> None:
     set_json_dumps(orjson.dumps, connection)
     if debug:
         connection.cursor_factory = _LoggingCursor
+
+
+def require_versions(connection: Connection[Any]) -> None:
+    """Raise SchemaError where the server or pgvector is older than what searches and statistics need."""
+    row = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+    pgvector = tuple(int(part) for part in row[0].split(".")[:2]) if row else (0, 0)
+    if connection.info.server_version < MIN_POSTGRES * 10_000 or pgvector < MIN_PGVECTOR:
+        raise SchemaError(
+            f"the server is PostgreSQL {connection.info.server_version // 10_000} with pgvector "
+            f"{row[0] if row else 'missing'}; expected at least {MIN_POSTGRES} with "
+            f"{'.'.join(map(str, MIN_PGVECTOR))}: install the newer package, then ALTER EXTENSION vector UPDATE"
+        )
 
 
 def connect_directly(url: str, settings: Settings) -> Connection[Any]:

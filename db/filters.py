@@ -56,7 +56,9 @@ class Filter:
 
     def canonical(self) -> list[Any]:
         """Equal filters give equal lists: part of a cache key."""
-        where = None if self.where is None else orjson.dumps(self.where, option=orjson.OPT_SORT_KEYS).decode()
+        where = (
+            None if self.where is None else orjson.dumps(self.where, default=dict, option=orjson.OPT_SORT_KEYS).decode()
+        )
         return [self.workspace, self.source_id, where]
 
 

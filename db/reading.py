@@ -10,6 +10,7 @@ from . import vectors
 from .config import Consistency
 from .engine import Database
 from .errors import translated
+from .locks import LOCK_CLASS, Purpose
 from .models import Chunk, Embedding, WriteLog
 from .query_cache import CacheKey, QueryCache
 from .registry import Model
@@ -132,6 +133,11 @@ def iter_hashes(database: Database, source_id: str | None, batch_size: int) -> I
             cursor.execute(_HASHES, {"source_id": source_id})
             for id_, source, digest, chunk_digests in cursor:
                 yield StoredHash(id_, source, digest or b"", tuple(chunk_digests))
+
+
+def lock_writers(connection: sqlalchemy.Connection) -> None:
+    """Join the writers in a caller's own transaction: whoever must keep them out waits for it."""
+    connection.execute(select(func.pg_advisory_xact_lock_shared(LOCK_CLASS, int(Purpose.WRITERS))))
 
 
 def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedWrite:

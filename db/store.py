@@ -21,7 +21,7 @@ from .chunking import Chunker
 from .config import Consistency, Distance, Settings
 from .documents import check_key
 from .embedding import TextEmbedder
-from .engine import Database, connect_directly
+from .engine import Database, connect_directly, require_versions
 from .errors import (
     ClosedError,
     MaintenanceIncomplete,
@@ -119,11 +119,8 @@ def _call(method: Callable[Concatenate["VectorStore", P], R]) -> Callable[Concat
     @wraps(method)
     def call(store: "VectorStore", /, *args: P.args, **kwargs: P.kwargs) -> R:
         store._check_open()
-        try:
-            with translated():
-                return method(store, *args, **kwargs)
-        except psycopg_pool.PoolClosed as exc:
-            raise ClosedError("the store was closed during this call") from exc
+        with translated():
+            return method(store, *args, **kwargs)
 
     return call
 
@@ -160,6 +157,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             migrate.upgrade(url)
         with connect_directly(url, self._settings) as connection:
             migrate.require_head(connection)
+            require_versions(connection)
 
     def _open(self, url: str) -> None:
         self._database = Database(url, self._settings)
@@ -333,6 +331,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         told: list[LoggedWrite] = []
         try:
             with translated(), self.engine.begin() as connection:
+                reading.lock_writers(connection)
                 connection.info["vectorkeep_writes"] = told
                 yield connection
         finally:
@@ -386,7 +385,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         filters = Filter(workspace, source_id, where)
         with self._metrics.measure("search") as operation:
             vector = self._embed_query(query) if isinstance(query, str) else vectors.as_vector(query)
-            wanted = Query(vector, k, level, filters, ef_search or self._settings.ef_search, exact)
+            wanted = Query(
+                vector, k, level, filters, self._settings.ef_search if ef_search is None else ef_search, exact
+            )
             model = self.model or self._reload_model()
             if model is None:
                 return SearchResult(hits=(), complete=True, cached=False, exact=True)

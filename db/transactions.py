@@ -29,6 +29,12 @@ EVERYTHING = "all"
 
 _LOCK_WRITERS = "SELECT pg_advisory_xact_lock_shared(%s, %s)"
 _LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
+# Asked in this order: a transaction that ends in between is found in the log the next time.
+_IS_LOGGED = """
+    SELECT EXISTS (SELECT FROM write_log WHERE id = %(id)s AND xid = %(xid)s::xid8),
+           pg_xact_status(%(xid)s::xid8) IS NOT DISTINCT FROM 'in progress'
+"""
+_POLL_S = 0.05
 
 
 def source_tag(source_id: str) -> str:
@@ -113,7 +119,7 @@ def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
     try:
         return _transact(database, work)
     except _CommitUnknown as exc:
-        if _committed(database, exc.attempt.xid):
+        if _committed(database, exc.attempt):
             logger.info("write.commit_confirmed", extra={"xid": exc.attempt.xid})
             return exc.attempt.outcome, exc.attempt.logged
         raise exc.lost from None
@@ -140,17 +146,21 @@ def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
     return attempt.outcome, attempt.logged
 
 
-def _committed(database: Database, xid: str) -> bool:
-    """Whether transaction `xid` committed. Waits while its backend has not noticed that its client left."""
+def _committed(database: Database, attempt: _Attempt) -> bool:
+    """Whether `attempt` committed: its own row in the log tells. Waits while its backend is still at it.
+
+    The status of its transaction id alone would not do: after a crash another one may have the same id.
+    """
     deadline = time.monotonic() + database.settings.statement_timeout_s
     while True:
-        status = retried(lambda: _status(database, xid))
-        if status != "in progress" or time.monotonic() > deadline:
-            return status == "committed"
-        time.sleep(0.05)
+        logged, running = retried(lambda: _is_logged(database, attempt))
+        if logged or not running or time.monotonic() > deadline:
+            return logged
+        time.sleep(_POLL_S)
 
 
-def _status(database: Database, xid: str) -> str | None:
+def _is_logged(database: Database, attempt: _Attempt) -> tuple[bool, bool]:
     with database.connection() as connection:
-        row = connection.execute("SELECT pg_xact_status(%s::xid8)", (xid,)).fetchone()
-        return row[0] if row else None
+        parameters = {"id": attempt.logged.id, "xid": attempt.xid}
+        [(logged, running)] = connection.execute(_IS_LOGGED, parameters).fetchall()
+        return logged, running
