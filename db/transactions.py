@@ -29,11 +29,8 @@ EVERYTHING = "all"
 
 _LOCK_WRITERS = "SELECT pg_advisory_xact_lock_shared(%s, %s)"
 _LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
-# Asked in this order: a transaction that ends in between is found in the log the next time.
-_IS_LOGGED = """
-    SELECT EXISTS (SELECT FROM write_log WHERE id = %(id)s AND xid = %(xid)s::xid8),
-           pg_xact_status(%(xid)s::xid8) IS NOT DISTINCT FROM 'in progress'
-"""
+_IS_RUNNING = "SELECT pg_xact_status(%s::xid8) IS NOT DISTINCT FROM 'in progress'"
+_IS_LOGGED = "SELECT EXISTS (SELECT FROM write_log WHERE id = %s AND xid = %s::xid8)"
 _POLL_S = 0.05
 
 
@@ -160,7 +157,8 @@ def _committed(database: Database, attempt: _Attempt) -> bool:
 
 
 def _is_logged(database: Database, attempt: _Attempt) -> tuple[bool, bool]:
+    """Whether `attempt` is in the log, and whether it was still running before that was asked."""
     with database.connection() as connection:
-        parameters = {"id": attempt.logged.id, "xid": attempt.xid}
-        [(logged, running)] = connection.execute(_IS_LOGGED, parameters).fetchall()
+        [(running,)] = connection.execute(_IS_RUNNING, (attempt.xid,)).fetchall()
+        [(logged,)] = connection.execute(_IS_LOGGED, (attempt.logged.id, attempt.xid)).fetchall()
         return logged, running
