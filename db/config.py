@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import platformdirs
+import psycopg
 import pydantic
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AliasChoices, Field
@@ -32,9 +33,10 @@ class Settings(BaseSettings):
         populate_by_name=True,
     )
 
-    database_url: str | None = None
-    maintenance_url: str | None = None
-    redis_url: str | Literal[False] | None = None
+    # URLs hold passwords: no repr shows them.
+    database_url: str | None = Field(default=None, repr=False)
+    maintenance_url: str | None = Field(default=None, repr=False)
+    redis_url: str | Literal[False] | None = Field(default=None, repr=False)
     home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("vectorkeep")))
     embedded_settings: dict[str, str] = {}
 
@@ -82,6 +84,10 @@ class Settings(BaseSettings):
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
             raise ValidationError(f"bad settings: {problems}") from exc
 
+    def direct_url(self) -> str | None:
+        """The URL for maintenance in libpq's form, or None where the usual one serves."""
+        return libpq_url(self.maintenance_url) if self.maintenance_url else None
+
     def postgres_url(self) -> str | None:
         """The URL of the configured server in libpq's form, or None where the embedded one is meant."""
         if self.database_url:
@@ -102,11 +108,26 @@ class Settings(BaseSettings):
 def libpq_url(url: str) -> str:
     """`url` as libpq reads it. Accepts postgres://, postgresql:// and postgresql+psycopg://."""
     scheme, separator, rest = url.partition("://")
-    if separator and scheme in ("postgres", "postgresql", "postgresql+psycopg", "postgres+psycopg"):
-        return f"postgresql://{rest}"
-    raise ValidationError(
-        f"database URL begins with {scheme.split(':')[0][:20]!r}; expected postgres://, postgresql:// or postgresql+psycopg://"
-    )
+    if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg", "postgres+psycopg"):
+        begin = scheme.split(":")[0][:20] if separator else "no scheme"
+        raise ValidationError(
+            f"database URL begins with {begin!r}; expected postgres://, postgresql:// or postgresql+psycopg://"
+        )
+    if not _is_readable(f"postgresql://{rest}"):
+        raise ValidationError(
+            "database URL cannot be read; expected postgresql://user:password@host:port/database, "
+            "special characters in each part percent-encoded"
+        )
+    return f"postgresql://{rest}"
+
+
+def _is_readable(url: str) -> bool:
+    # libpq's own message would show the URL, or the password in it, and so would an exception chained to it.
+    try:
+        conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        return False
+    return True
 
 
 def redacted(url: str) -> str:

@@ -57,7 +57,6 @@ TRANSIENT: tuple[type[psycopg.Error], ...] = (
     pg.AdminShutdown,
     pg.CrashShutdown,
     pg.CannotConnectNow,
-    pg.ConnectionException,
     pg.TooManyConnections,
     pg.IdleInTransactionSessionTimeout,
 )
@@ -68,8 +67,10 @@ def is_transient(exc: BaseException) -> bool:
     exc = _driver_error(exc)
     if isinstance(exc, TRANSIENT):
         return True
-    # libpq reports a connection lost in mid-statement without an SQLSTATE.
-    return type(exc) is psycopg.OperationalError and exc.sqlstate is None
+    # Class 08 is a connection that failed; libpq reports one lost in mid-statement without an SQLSTATE.
+    return isinstance(exc, psycopg.OperationalError) and (
+        (exc.sqlstate or "").startswith("08") or (type(exc) is psycopg.OperationalError and exc.sqlstate is None)
+    )
 
 
 def _driver_error(exc: BaseException) -> BaseException:
@@ -91,6 +92,8 @@ def from_driver(exc: BaseException) -> VectorKeepError | None:
             return UnavailableError(f"{text}; raise statement_timeout_s if this much time is expected")
         case pg.LockNotAvailable():
             return BusyError(f"{text}; another session holds the lock, try again when it has finished")
+        case psycopg_pool.PoolClosed():
+            return ClosedError("the store was closed during this call")
         case psycopg_pool.PoolTimeout() | psycopg_pool.TooManyRequests():
             return UnavailableError(f"no database connection became free: {text}")
         case psycopg.OperationalError() | pg.InsufficientResources() | pg.ReadOnlySqlTransaction():

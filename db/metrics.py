@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 import psycopg
-import psycopg_pool
 
 from .engine import Database
 
@@ -94,7 +93,7 @@ class MetricsRecorder:
                 with self._database.connection() as connection:
                     connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
             self._background()
-        except (psycopg.Error, psycopg_pool.PoolClosed) as exc:
+        except psycopg.Error as exc:
             if not self._warned:
                 logger.warning("metrics.not_written", extra={"dropped": len(rows), "reason": str(exc).strip()})
             self._warned = True

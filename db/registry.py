@@ -165,9 +165,10 @@ class StoreModel:
     def load(self) -> None:
         """Read the registry and compare it with what was asked for. Raises SchemaError, DimensionError."""
         with self._database.connection() as connection:
-            self._registered = active_model(connection)
-        if self._registered is not None:
-            self._check_wanted(self._registered)
+            registered = active_model(connection)
+        if registered is not None:
+            self._check_wanted(registered)
+        self._registered = registered
 
     @property
     def registered(self) -> Model | None:
@@ -187,8 +188,9 @@ class StoreModel:
                 settings = self._database.settings
                 model = Model(model_id or self.model_id, settings.dimensions or dimensions, settings.distance)
                 with self._database.maintenance() as connection:
-                    self._registered = active_model(connection) or _register(connection, model)
-                self._check_wanted(self._registered)
+                    registered = active_model(connection) or _register(connection, model)
+                self._check_wanted(registered)
+                self._registered = registered
             return self._registered
 
     def encode(self, value: Any) -> bytes:

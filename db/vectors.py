@@ -61,7 +61,7 @@ def as_vector(value: Any) -> NDArray[np.float32]:
         return value
     try:
         array = np.asarray(value)
-    except ValueError as exc:
+    except (TypeError, ValueError, RuntimeError) as exc:  # tensors of torch raise the other two
         raise ValidationError(f"vector is not a flat sequence of numbers: {exc}") from exc
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "fiu":
         raise ValidationError(f"vector has shape {array.shape} and type {array.dtype}; expected one row of numbers")
