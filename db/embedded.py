@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .embedded_place import Place, make_home, settle
-from .embedded_server import DATABASE, Postgres, Server, postgres_server, valkey_server
+from .embedded_server import DATABASE, PORT, Postgres, Server, postgres_server, valkey_server
 from .errors import UnavailableError, ValidationError
 
 __all__ = ["EmbeddedServers", "acquire"]
@@ -141,7 +141,7 @@ class _Use:
 
 
 def _database_url(place: Place) -> str:
-    return f"postgresql://postgres@/{DATABASE}?host={quote(str(place.sockets), safe='')}"
+    return f"postgresql://postgres@/{DATABASE}?host={quote(str(place.sockets), safe='')}&port={PORT}"
 
 
 def _warn_of_other_settings(running: Postgres, settings: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Where the embedded servers live: their user, their folders, their programs, the disk under them."""
+"""Where the embedded servers live: their user, their folders, their programs."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UnavailableError, ValidationError
+from .embedded_disk import mount_table, refuse_network_file_system
+from .errors import UnavailableError
 
 # Used only as root, where the server's user cannot enter VECTORKEEP_HOME or the virtual environment.
 SHARED_ROOTS = (Path("/var/lib"), Path("/var/tmp"), Path("/tmp"))
@@ -22,28 +23,6 @@ SOCKET_ROOTS = (Path("/tmp"), Path("/var/tmp"))
 # Debian's policy makes `daemon` the user of programs that write files; `nobody` should own none.
 SERVER_USERS = ("postgres", "daemon", "nobody")
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7) holds 108 with the final NUL
-NETWORK_FILE_SYSTEMS = frozenset(
-    [
-        "9pfs",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "coda",
-        "davfs",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-        "ocfs2",
-        "pvfs2",
-        "smb2",
-        "smb3",
-        "smbfs",
-    ]
-)
 EXTRA = "pip install 'vectorkeep[embedded]'"
 
 
@@ -87,18 +66,27 @@ def settle(home: Path) -> Place:
 
     Raises ValidationError on a network file system, UnavailableError where the servers cannot run.
     """
-    refuse_network_file_system(home)
+    refuse_network_file_system(home, mount_table())
     base, account = _base(home)
-    refuse_network_file_system(base)
+    refuse_network_file_system(base, mount_table())
     postgres, valkey = _programs(account)
     return Place(home, base / "postgres", _socket_folder(base, account), account, postgres, valkey)
 
 
 def make_home(home: Path) -> Path:
-    """`home`, absolute and made where it is missing. A folder that exists keeps its permissions."""
+    """`home`, absolute and made where it is missing. A folder that exists keeps its permissions.
+
+    Raises UnavailableError to root for another user's folder.
+    """
     home = home.expanduser().absolute()
     home.parent.mkdir(parents=True, exist_ok=True)
     make_folder(home, 0o711 if os.geteuid() == 0 else 0o700)
+    owner = home.stat().st_uid
+    if os.geteuid() == 0 and owner != 0:  # its owner could make root write through links of his
+        raise UnavailableError(
+            f"{home} belongs to uid {owner}, this process is root; "
+            "run as that user, or set VECTORKEEP_HOME to a folder of root's"
+        )
     return home.resolve()
 
 
@@ -129,12 +117,13 @@ def _base(home: Path) -> tuple[Path, Account]:
             f"the data of {home} is missing: {link} points to {link.readlink()}, which does not exist; "
             "bring that folder back, or remove the link to begin with an empty database"
         )
-    if not account.may("-x", link):
+    base = link.resolve()
+    if not account.may("-x", base):
         raise UnavailableError(
-            f"{link.resolve()} cannot be entered by the servers' user (uid {account.uid}); "
+            f"{base} cannot be entered by the servers' user (uid {account.uid}); "
             "let it pass through the parent folders, or set VECTORKEEP_HOME to another folder"
         )
-    return link.resolve(), account
+    return base, account
 
 
 def _account(data: Path) -> Account:
@@ -260,43 +249,3 @@ def _open_to_readers(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-
-
-def refuse_network_file_system(folder: Path) -> None:
-    """Raise ValidationError where `folder` is on a file system of another machine.
-
-    PostgreSQL's durability and our locks both rest on the local kernel.
-    """
-    try:
-        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        return
-    kind = file_system_type(folder, table)
-    if kind in NETWORK_FILE_SYSTEMS or kind.removeprefix("fuse.") in {
-        *NETWORK_FILE_SYSTEMS,
-        "sshfs",
-        "rclone",
-        "s3fs",
-    }:
-        raise ValidationError(
-            f"{folder} is on a network file system ({kind}), the embedded servers need a local disk; "
-            "set VECTORKEEP_HOME to a folder on one, or VECTORKEEP_DATABASE_URL to a server of your own"
-        )
-
-
-def file_system_type(folder: Path, mountinfo: str) -> str:
-    """The type of the file system that holds `folder` (absolute, resolved), "" where unknown.
-
-    `mountinfo` is the text of /proc/self/mountinfo, see proc_pid_mountinfo(5): the mount point is field 5,
-    with octal escapes; the type follows the " - ". The longest mount point wins, of equal ones the later,
-    which hides the other.
-    """
-    best, kind = -1, ""
-    for line in mountinfo.splitlines():
-        before, separator, after = line.partition(" - ")
-        if not separator:
-            continue
-        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), before.split(" ")[4]))
-        if folder.is_relative_to(point) and len(point.parts) >= best:
-            best, kind = len(point.parts), after.split(" ")[0]
-    return kind

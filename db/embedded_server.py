@@ -28,6 +28,7 @@ from .errors import UnavailableError
 logger = logging.getLogger(__name__)
 
 DATABASE = "vectorkeep"
+PORT = 5432  # only names the socket, but a PGPORT of the caller's environment must not
 START_TIMEOUT_S = 120.0  # crash recovery of a large database takes its time
 ORPHAN_GRACE_S = 1.0
 LOG_BYTES_MAX = 10 * 1024 * 1024
@@ -179,7 +180,8 @@ class Postgres(Server):
     bin: Path
 
     def answers(self) -> bool:
-        return PGconn.ping(make_conninfo(host=str(self.socket_path.parent), connect_timeout=2).encode()) == Ping.OK
+        where = make_conninfo(host=str(self.socket_path.parent), port=PORT, connect_timeout=2)
+        return PGconn.ping(where.encode()) == Ping.OK
 
     def prepare(self, lock: int) -> None:
         if not self.folder.exists():
@@ -235,7 +237,7 @@ def postgres_server(place: Place, settings: Mapping[str, str]) -> Postgres:
         "listen_addresses": "",
         "unix_socket_directories": str(place.sockets),
         "unix_socket_permissions": "0700",
-        "port": "5432",
+        "port": str(PORT),
     }
     command = [str(place.postgres_bin / "postgres"), "-D", str(place.data)]
     for name, value in {**settings, **fixed}.items():
@@ -245,7 +247,7 @@ def postgres_server(place: Place, settings: Mapping[str, str]) -> Postgres:
         home=place.home,
         account=place.account,
         folder=place.data,
-        socket_path=place.sockets / ".s.PGSQL.5432",
+        socket_path=place.sockets / f".s.PGSQL.{PORT}",
         command=command,
         # fast shutdown, immediate shutdown (recovers at the next start), no shutdown
         stop_signals=((signal.SIGINT, 60), (signal.SIGQUIT, 10), (signal.SIGKILL, 10)),
