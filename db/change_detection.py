@@ -1,6 +1,6 @@
 """Which of a batch's documents differ from what is stored: hashes are compared, never texts or vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,9 @@ from psycopg import Connection, Cursor
 
 from .documents import HashedItem, PreparedDocument
 
-# Of the rows of a batch, those that are new or differ in a part that was given.
+# Of the rows of a batch, those that are new or differ in a part that was given; true for the stored ones.
 _CHANGED = """
-    SELECT given.id
+    SELECT given.id, stored.id IS NOT NULL
     FROM unnest(%(ids)b::text[], %(content)b::bytea[],
                 %(vector_given)b::bool[], %(vector)b::bytea[],
                 %(chunks_given)b::bool[], %(chunks)b::bytea[])
@@ -21,9 +21,9 @@ _CHANGED = """
        OR given.chunks_given AND stored.chunks_hash IS DISTINCT FROM given.chunks_hash
 """
 
-# Of the items of a batch, those to write; true where the stored vector is still the text's own.
+# Of the items of a batch, those to write; whether they are stored, and whether with the text's own vector.
 _CHANGED_ITEMS = """
-    SELECT given.id,
+    SELECT given.id, stored.id IS NOT NULL,
            coalesce(stored.text_hash = given.text_hash AND stored.model_id = %(model_id)s
                     AND stored.vector_hash IS NOT NULL, false)
     FROM unnest(%(ids)b::text[], %(text)b::bytea[], %(content)b::bytea[])
@@ -63,8 +63,11 @@ class StoredRow:
         return self.content_differs(document) or self.vector_differs(document) or self.chunks_differ(document)
 
 
-def changed_ids(connection: Connection[Any], documents: Sequence[PreparedDocument]) -> set[str]:
-    """Ids of the `documents` that are not stored just so. Takes no lock and writes nothing."""
+def changed_ids(connection: Connection[Any], documents: Sequence[PreparedDocument]) -> dict[str, bool]:
+    """Ids of the `documents` that are not stored just so, and whether they are stored at all.
+
+    Takes no lock and writes nothing.
+    """
     parameters = {
         "ids": [d.id for d in documents],
         "content": [d.content_hash for d in documents],
@@ -73,27 +76,31 @@ def changed_ids(connection: Connection[Any], documents: Sequence[PreparedDocumen
         "chunks_given": [d.chunks is not None for d in documents],
         "chunks": [d.chunks_hash for d in documents],
     }
-    return {row[0] for row in connection.execute(_CHANGED, parameters)}
+    return dict(connection.execute(_CHANGED, parameters).fetchall())
 
 
-def changed_items(connection: Connection[Any], items: Sequence[HashedItem], model_id: str) -> dict[str, bool]:
-    """Ids of the `items` that differ from what is stored; the value tells whether the vector may stay."""
+@dataclass(frozen=True, slots=True)
+class ItemChange:
+    """An item that differs from what is stored: whether it is stored at all, and whether its vector may stay."""
+
+    stored: bool
+    vector_stays: bool
+
+
+def changed_items(connection: Connection[Any], items: Sequence[HashedItem], model_id: str) -> dict[str, ItemChange]:
+    """The `items` that differ from what is stored, by id. Takes no lock and writes nothing."""
     parameters = {
         "ids": [item.id for item in items],
         "text": [item.text_hash for item in items],
         "content": [item.content_hash for item in items],
         "model_id": model_id,
     }
-    return dict(connection.execute(_CHANGED_ITEMS, parameters).fetchall())
+    return {row[0]: ItemChange(*row[1:]) for row in connection.execute(_CHANGED_ITEMS, parameters)}
 
 
-def stored_ids(connection: Connection[Any], ids: Sequence[str]) -> set[str]:
-    """Those of `ids` that are stored."""
-    rows = connection.execute("SELECT id FROM embeddings WHERE id = ANY(%s)", (list(ids),))
-    return {row[0] for row in rows}
-
-
-def lock_stored(cursor: Cursor[Any], ids: Sequence[str]) -> dict[str, StoredRow]:
+def lock_stored(cursor: Cursor[Any], ids: Collection[str]) -> dict[str, StoredRow]:
     """Lock the rows of `ids` that exist, in order of id so that writers never deadlock, and read them."""
+    if not ids:
+        return {}
     cursor.execute(_LOCK_STORED, (sorted(ids),))
     return {row[0]: StoredRow(*row[1:]) for row in cursor}

@@ -5,14 +5,15 @@ embedder runs outside any transaction, and while one batch is written the next i
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
 
-from .change_detection import changed_ids, changed_items, stored_ids
+from .change_detection import ItemChange, changed_ids, changed_items
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
 from .engine import Database
@@ -58,12 +59,10 @@ class Ingestion:
                     hashed = self._checked(batch, lambda item: hash_item(as_item(item)), tally)
                     if pending.overlaps(hashed):
                         pending.finish()  # an id comes again: it is compared with what that write leaves
-                    documents = self._embed_changed(hashed, embedder, tally)
+                    upsert = self._embed_changed(hashed, embedder, tally)
                     pending.finish()
-                    pending = _PendingWrite(
-                        {d.id for d in documents},
-                        writer.submit(self._write_batch, documents, len(batch), tally),
-                    )
+                    write = writer.submit(self._write, upsert, tally)
+                    pending = _PendingWrite(upsert.ids, write, partial(tally.progress, len(batch)))
             finally:
                 pending.finish()
 
@@ -75,16 +74,17 @@ class Ingestion:
             tally.progress(len(batch))
 
     def _outcomes_ahead(self, items: Sequence[HashedItem], model_id: str) -> dict[str, Outcome]:
-        def look() -> dict[str, Outcome]:
-            with self.database.connection() as connection:
-                changed = changed_items(connection, items, model_id)
-                stored = stored_ids(connection, list(changed))
-            return {
-                item.id: "unchanged" if item.id not in changed else "updated" if item.id in stored else "inserted"
-                for item in items
-            }
+        outcomes: dict[str, Outcome] = {item.id: "unchanged" for item in items}
+        for id_, change in self._changed_items(items, model_id).items():
+            outcomes[id_] = "updated" if change.stored else "inserted"
+        return outcomes
 
-        return retried(look)
+    def _changed_items(self, items: Sequence[HashedItem], model_id: str) -> dict[str, ItemChange]:
+        def look() -> dict[str, ItemChange]:
+            with self.database.connection() as connection:
+                return changed_items(connection, items, model_id)
+
+        return retried(look) if items else {}
 
     def _checked(self, batch: Sequence[Any], check: Callable[[Any], T], tally: Tally) -> list[T]:
         """The valid ones of `batch`, the last of each id. The others are counted."""
@@ -100,18 +100,11 @@ class Ingestion:
             valid[checked.id] = checked
         return list(valid.values())
 
-    def _embed_changed(
-        self, items: Sequence[HashedItem], embedder: TextEmbedder, tally: Tally
-    ) -> list[PreparedDocument]:
-        """Documents for those of `items` that changed; the text is embedded only where it did itself."""
-
-        def look() -> dict[str, bool]:
-            with self.database.connection() as connection:
-                return changed_items(connection, items, embedder.model_id)
-
-        changed = retried(look)
+    def _embed_changed(self, items: Sequence[HashedItem], embedder: TextEmbedder, tally: Tally) -> UpsertBatch:
+        """Those of `items` that changed, as documents; the text is embedded only where it did itself."""
+        changed = self._changed_items(items, embedder.model_id)
         tally.add({item.id: "unchanged" for item in items if item.id not in changed})
-        to_embed = [item for item in items if changed.get(item.id) is False]
+        to_embed = [item for item in items if item.id in changed and not changed[item.id].vector_stays]
         embedded = embedder.embed_items(to_embed)
         documents = []
         for item in items:
@@ -121,25 +114,22 @@ class Ingestion:
                 documents.append(document_of(item, embedded.get(item.id), self.model))
             except ValidationError as exc:
                 tally.fail(item.id, str(exc))
-        return documents
+        return self._batch(documents, {id_ for id_, change in changed.items() if change.stored})
 
     def _write_changed(self, documents: Sequence[PreparedDocument], tally: Tally) -> None:
         """Write those of `documents` that differ from what is stored."""
 
-        def look() -> set[str]:
+        def look() -> dict[str, bool]:
             with self.database.connection() as connection:
                 return changed_ids(connection, documents)
 
-        changed = retried(look) if documents else set()
+        changed = retried(look) if documents else {}
         tally.add({d.id: "unchanged" for d in documents if d.id not in changed})
-        self._write(self._batch([d for d in documents if d.id in changed]), tally)
+        stored = {id_ for id_, is_stored in changed.items() if is_stored}
+        self._write(self._batch([d for d in documents if d.id in changed], stored), tally)
 
-    def _write_batch(self, documents: Sequence[PreparedDocument], inputs: int, tally: Tally) -> None:
-        self._write(self._batch(documents), tally)
-        tally.progress(inputs)
-
-    def _batch(self, documents: Sequence[PreparedDocument]) -> UpsertBatch:
-        return UpsertBatch(documents, self.model.model_id)
+    def _batch(self, documents: Sequence[PreparedDocument], stored: set[str]) -> UpsertBatch:
+        return UpsertBatch(documents, stored, self.model.model_id)
 
     def _write(self, batch: UpsertBatch, tally: Tally) -> None:
         """Write `batch`; one that the server refuses is halved until the culprit is alone."""
@@ -154,18 +144,19 @@ class Ingestion:
                 tally.fail(batch.documents[0].id, f"refused by the server: {_reason(exc)}")
                 return
             middle = len(batch.documents) // 2
-            self._write(self._batch(batch.documents[:middle]), tally)
-            self._write(self._batch(batch.documents[middle:]), tally)
+            for half in (batch.documents[:middle], batch.documents[middle:]):
+                self._write(replace(batch, documents=half), tally)
         else:
             tally.add(outcomes)
 
 
 @dataclass(slots=True)
 class _PendingWrite:
-    """A write under way, and the ids in it."""
+    """A write under way, the ids in it, and whom to tell when it is done."""
 
-    ids: set[str] | frozenset[str] = frozenset()
+    ids: Set[str] = frozenset()
     future: "Future[None] | None" = None
+    done: Callable[[], None] = lambda: None
 
     def overlaps(self, items: Iterable[HashedItem]) -> bool:
         return any(item.id in self.ids for item in items)
@@ -175,6 +166,7 @@ class _PendingWrite:
         future, self.future = self.future, None
         if future is not None:
             future.result()
+            self.done()
 
 
 def _is_refusal(exc: psycopg.Error) -> bool:

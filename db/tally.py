@@ -1,5 +1,6 @@
 """Counting what became of each input, where the same id may come again in a later batch."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
 from itertools import islice
@@ -15,13 +16,17 @@ _REMEMBERED = 100_000
 
 
 class Tally:
-    """Every input counts once. An id given twice counts by its last valid input, the earlier as superseded."""
+    """Every input counts once. An id given twice counts by its last valid input, the earlier as superseded.
+
+    Two threads may count: the one that checks and embeds, and the one that writes.
+    """
 
     def __init__(self, total: int | None, on_progress: Progress | None) -> None:
         self._counts: Counter[str] = Counter()
         self._outcomes: dict[str, Outcome] = {}
         self._total = total
         self._on_progress = on_progress
+        self._lock = threading.Lock()
         self.errors: list[tuple[str, str]] = []
         self.processed = 0
 
@@ -29,19 +34,22 @@ class Tally:
         return self._counts[name]
 
     def fail(self, id_: str, reason: str) -> None:
-        self._counts["failed"] += 1
-        self.errors.append((id_, reason))
+        with self._lock:
+            self._counts["failed"] += 1
+            self.errors.append((id_, reason))
 
     def supersede(self) -> None:
-        self._counts["superseded"] += 1
+        with self._lock:
+            self._counts["superseded"] += 1
 
     def add(self, outcomes: Mapping[str, Outcome]) -> None:
-        for id_, outcome in outcomes.items():
-            counted = self._replace(id_, outcome)
-            self._counts[counted] += 1
-            self._outcomes[id_] = counted
-        while len(self._outcomes) > _REMEMBERED:
-            del self._outcomes[next(iter(self._outcomes))]
+        with self._lock:
+            for id_, outcome in outcomes.items():
+                counted = self._replace(id_, outcome)
+                self._counts[counted] += 1
+                self._outcomes[id_] = counted
+            while len(self._outcomes) > _REMEMBERED:
+                del self._outcomes[next(iter(self._outcomes))]
 
     def _replace(self, id_: str, outcome: Outcome) -> Outcome:
         """What `outcome` means for the whole call, where an earlier batch had the same id."""
@@ -49,7 +57,7 @@ class Tally:
         if earlier is None:
             return outcome
         self._counts[earlier] -= 1
-        self.supersede()
+        self._counts["superseded"] += 1
         return outcome if earlier == "unchanged" else earlier
 
     def progress(self, inputs: int) -> None:

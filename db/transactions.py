@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import psycopg
 import stamina
 from psycopg import Cursor
+from psycopg import errors as pg
 
 from .engine import Database
 from .errors import is_transient
@@ -159,6 +160,9 @@ def _committed(database: Database, attempt: _Attempt) -> bool:
 def _is_logged(database: Database, attempt: _Attempt) -> tuple[bool, bool]:
     """Whether `attempt` is in the log, and whether it was still running before that was asked."""
     with database.connection() as connection:
-        [(running,)] = connection.execute(_IS_RUNNING, (attempt.xid,)).fetchall()
+        try:
+            [(running,)] = connection.execute(_IS_RUNNING, (attempt.xid,)).fetchall()
+        except pg.InvalidParameterValue:  # an id of the future: a crash has undone it
+            running = False
         [(logged,)] = connection.execute(_IS_LOGGED, (attempt.logged.id, attempt.xid)).fetchall()
         return logged, running

@@ -1,6 +1,6 @@
 """One batch of documents written in one transaction, a document always with all its chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -94,15 +94,24 @@ _INSERT_CHUNKS = """
 
 @dataclass(frozen=True, slots=True)
 class UpsertBatch:
-    """Documents with distinct ids, all checked, and the model of their vectors."""
+    """Documents with distinct ids, all checked, and the model of their vectors.
+
+    stored: ids that were found stored a moment ago. Only those are locked; the others are taken for new, and
+    the table's own key tells where that is no longer true.
+    """
 
     documents: Sequence[PreparedDocument]
+    stored: Set[str]
     model_id: str
+
+    @property
+    def ids(self) -> Set[str]:
+        return {document.id for document in self.documents}
 
     def write(self, transaction: WriteTransaction) -> dict[str, Outcome]:
         """Write what differs from the stored rows. Returns the outcome of every document by id."""
         cursor, now = transaction.cursor, datetime.now(UTC)
-        stored = lock_stored(cursor, [d.id for d in self.documents])
+        stored = lock_stored(cursor, self.stored & self.ids)
         new = sorted((d for d in self.documents if d.id not in stored), key=lambda d: d.id)
         if new and not _copy_new(cursor, new, self.model_id, now):
             create_staging(cursor)
@@ -148,7 +157,7 @@ def _insert_new(
         cursor.execute(_INSERT_NEW, ([d.id for d in waiting],))
         inserted.update(row[0] for row in cursor)
         late = [d for d in waiting if d.id not in inserted]
-        stored.update(lock_stored(cursor, [d.id for d in late]) if late else {})
+        stored.update(lock_stored(cursor, [d.id for d in late]))
         waiting = [d for d in late if d.id not in stored]  # made and deleted again by others: once more
     return [d for d in new if d.id in inserted]
 
