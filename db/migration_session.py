@@ -161,6 +161,26 @@ class BlockerWatch:
             _tell(self._on_wait, f"waiting for a lock of {self.seen}")
 
 
+def extension_refused(exc: BaseException | None, database: str, role: str) -> Exception:
+    """What a person can do where CREATE EXTENSION vector failed with `exc`; `exc` itself where unknown."""
+    command = f"psql -d {database} -c 'CREATE EXTENSION vector'"
+    match exc:
+        case pg.InsufficientPrivilege():
+            return SchemaError(
+                f"the database has no extension 'vector' and the role {role!r} may not create it; "
+                f"as a superuser, or as the owner of the database, run: {command}"
+            )
+        case pg.FeatureNotSupported() | pg.UndefinedFile():
+            return SchemaError(
+                "pgvector is not installed on the database server; install its package there (Debian: "
+                "postgresql-NN-pgvector; container: the image pgvector/pgvector), then, as a superuser, "
+                f"run: {command}"
+            )
+        case Exception():
+            return exc
+    return SchemaError("CREATE EXTENSION vector failed")
+
+
 def explained(exc: BaseException, *, lock_timeout_s: float, blockers: str) -> VectorKeepError | None:
     """The error of ours that says what to do about a migration that failed with `exc`, or None."""
     cause = exc.orig if isinstance(exc, sqlalchemy.exc.DBAPIError) else exc

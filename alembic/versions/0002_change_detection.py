@@ -43,7 +43,7 @@ BEGIN
         UPDATE embeddings SET
             text_hash = sha256(convert_to(text, 'UTF8')),
             workspace = CASE WHEN jsonb_typeof(metadata -> 'workspace') = 'string'
-                             THEN metadata ->> 'workspace' END
+                             THEN metadata ->> 'workspace' ELSE workspace END
         WHERE id = ANY (batch) AND text_hash IS NULL;
         COMMIT;
         last := batch[array_upper(batch, 1)];
@@ -67,7 +67,8 @@ BEGIN
             workspace = CASE
                 WHEN document.id IS NOT NULL THEN document.workspace
                 WHEN jsonb_typeof(chunks.metadata -> 'workspace') = 'string'
-                THEN chunks.metadata ->> 'workspace' END
+                THEN chunks.metadata ->> 'workspace'
+                ELSE chunks.workspace END
         FROM unnest(batch) AS given (id)
         JOIN chunks AS before ON before.id = given.id
         LEFT JOIN embeddings AS document ON document.id = before.document_id
@@ -78,11 +79,14 @@ BEGIN
 END
 $$
 """
-# Positions were not unique before. The order in which chunks were numbered, then made, is kept.
+# Positions were not unique before. The order in which chunks were numbered, then made, is kept; of ids
+# that count, "c10" comes after "c9".
 NUMBER_CHUNKS = """
 UPDATE chunks SET chunk_index = numbered.position
 FROM (
-    SELECT id, row_number() OVER (PARTITION BY document_id ORDER BY chunk_index, created_at, id) - 1 AS position
+    SELECT id, row_number() OVER (
+        PARTITION BY document_id ORDER BY chunk_index, created_at, length(id), id
+    ) - 1 AS position
     FROM chunks
     WHERE document_id IN (
         SELECT document_id FROM chunks GROUP BY document_id, chunk_index HAVING count(*) > 1
