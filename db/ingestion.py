@@ -26,7 +26,7 @@ from .upsert import Outcome, UpsertBatch
 
 logger = logging.getLogger("vectorkeep")
 
-T = TypeVar("T")
+H = TypeVar("H", bound=HashedItem)
 
 # SQLSTATE classes with which the server refuses data: another try fails just so, but without the culprit
 # the rest goes through. 57014 is a statement that took too long.
@@ -44,22 +44,26 @@ class Ingestion:
     def upsert(self, documents: Iterable[Document | Mapping[str, Any]], batch_size: int, tally: Tally) -> None:
         """Write `documents` batch by batch; one that is not valid or is refused never stops the others."""
         for batch in batches(iter(documents), batch_size):
-            prepared = self._checked(batch, lambda document: prepare(document, self.model), tally)
-            self._write_changed(prepared, tally)
+            checked = _checked(batch, lambda given: prepare(given, self.model), tally)
+            self._write(self._changed_documents(checked, tally), tally)
             tally.progress(len(batch))
 
     def embed(
         self, items: Iterable[Item | Mapping[str, Any]], embedder: TextEmbedder, batch_size: int, tally: Tally
     ) -> None:
-        """Embed and write those of `items` whose text, metadata, source or model changed."""
+        """Embed and write those of `items` whose text, metadata, source or model changed.
+
+        One batch is embedded while the one before is written. (Documents with vectors are not treated so:
+        checking them keeps Python's lock, and two threads that take turns at it are slower than one.)
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="vectorkeep-writer") as writer:
             pending = _PendingWrite()
             try:
                 for batch in batches(iter(items), batch_size):
-                    hashed = self._checked(batch, lambda item: hash_item(as_item(item)), tally)
-                    if pending.overlaps(hashed):
+                    checked = _checked(batch, lambda given: hash_item(as_item(given)), tally)
+                    if pending.overlaps(checked):
                         pending.finish()  # an id comes again: it is compared with what that write leaves
-                    upsert = self._embed_changed(hashed, embedder, tally)
+                    upsert = self._embed_changed(checked, embedder, tally)
                     pending.finish()
                     write = writer.submit(self._write, upsert, tally)
                     pending = _PendingWrite(upsert.ids, write, partial(tally.progress, len(batch)))
@@ -69,7 +73,7 @@ class Ingestion:
     def compare(self, items: Iterable[Item | Mapping[str, Any]], model_id: str, batch_size: int, tally: Tally) -> None:
         """Count what `embed` would do with `items`; nothing is embedded or written."""
         for batch in batches(iter(items), batch_size):
-            hashed = self._checked(batch, lambda item: hash_item(as_item(item)), tally)
+            hashed = _checked(batch, lambda item: hash_item(as_item(item)), tally)
             tally.add(self._outcomes_ahead(hashed, model_id))
             tally.progress(len(batch))
 
@@ -85,20 +89,6 @@ class Ingestion:
                 return changed_items(connection, items, model_id)
 
         return retried(look) if items else {}
-
-    def _checked(self, batch: Sequence[Any], check: Callable[[Any], T], tally: Tally) -> list[T]:
-        """The valid ones of `batch`, the last of each id. The others are counted."""
-        valid: dict[str, T] = {}
-        for given in batch:
-            try:
-                checked: Any = check(given)
-            except ValidationError as exc:
-                tally.fail(_id_of(given), str(exc))
-                continue
-            if valid.pop(checked.id, None) is not None:
-                tally.supersede()
-            valid[checked.id] = checked
-        return list(valid.values())
 
     def _embed_changed(self, items: Sequence[HashedItem], embedder: TextEmbedder, tally: Tally) -> UpsertBatch:
         """Those of `items` that changed, as documents; the text is embedded only where it did itself."""
@@ -116,8 +106,8 @@ class Ingestion:
                 tally.fail(item.id, str(exc))
         return self._batch(documents, {id_ for id_, change in changed.items() if change.stored})
 
-    def _write_changed(self, documents: Sequence[PreparedDocument], tally: Tally) -> None:
-        """Write those of `documents` that differ from what is stored."""
+    def _changed_documents(self, documents: Sequence[PreparedDocument], tally: Tally) -> UpsertBatch:
+        """Those of `documents` that differ from what is stored."""
 
         def look() -> dict[str, bool]:
             with self.database.connection() as connection:
@@ -126,7 +116,7 @@ class Ingestion:
         changed = retried(look) if documents else {}
         tally.add({d.id: "unchanged" for d in documents if d.id not in changed})
         stored = {id_ for id_, is_stored in changed.items() if is_stored}
-        self._write(self._batch([d for d in documents if d.id in changed], stored), tally)
+        return self._batch([d for d in documents if d.id in changed], stored)
 
     def _batch(self, documents: Sequence[PreparedDocument], stored: set[str]) -> UpsertBatch:
         return UpsertBatch(documents, stored, self.model.model_id)
@@ -167,6 +157,21 @@ class _PendingWrite:
         if future is not None:
             future.result()
             self.done()
+
+
+def _checked(batch: Sequence[Any], check: Callable[[Any], H], tally: Tally) -> list[H]:
+    """The valid ones of `batch`, the last of each id. The others are counted."""
+    valid: dict[str, H] = {}
+    for given in batch:
+        try:
+            checked = check(given)
+        except ValidationError as exc:
+            tally.fail(_id_of(given), str(exc))
+            continue
+        if valid.pop(checked.id, None) is not None:
+            tally.supersede()
+        valid[checked.id] = checked
+    return list(valid.values())
 
 
 def _is_refusal(exc: psycopg.Error) -> bool:
