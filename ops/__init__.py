@@ -1,1 +1,1 @@
-"""The operators' tools: the `vectorkeep` command, one file a verb."""
+"""The operators' tools: the command `vectorkeep`, one file a verb. It parses and prints; the library works."""

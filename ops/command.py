@@ -1,0 +1,142 @@
+"""What all verbs share: their common options, how errors are told, and how the command ends."""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from types import FrameType
+from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec
+
+import typer
+
+from .exit_codes import ExitCode, as_error_of_ours, exit_code_of
+from .output import Output, OutputClosed, log_to_stderr
+
+P = ParamSpec("P")
+
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="PostgreSQL to work on. Default: VECTORKEEP_DATABASE_URL, else POSTGRES_HOST and its like, "
+        "else the embedded server. Prefer the environment for a URL with a password: others see command lines.",
+        show_default=False,
+    ),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Redis or Valkey for cached searches, 'none' for no cache. Default: VECTORKEEP_REDIS_URL.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages, only errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what is done.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show where an error came from, and log all steps. Also: VECTORKEEP_DEBUG=1."),
+]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every command."""
+
+    database_url: DatabaseUrl = None
+    redis_url: RedisUrl = None
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class Cli:
+    """What a verb works with."""
+
+    options: Common
+    output: Output
+
+
+def command(verb: Callable[Concatenate[Cli, P], ExitCode | None]) -> Callable[..., None]:
+    """A command of `verb(cli, ...)`: the common options added, its errors told and turned into exit codes."""
+    common = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(Common, eval_str=True).parameters.values()]
+    own = list(signature(verb, eval_str=True).parameters.values())[1:]
+
+    def run(**given: Any) -> None:
+        options = Common(**{p.name: given.pop(p.name) for p in common})
+        raise typer.Exit(_run(options, lambda cli: verb(cli, **given)))  # type: ignore[call-arg]
+
+    parameters = [*(p.replace(kind=Parameter.KEYWORD_ONLY) for p in own), *common]
+    run.__doc__, run.__name__ = verb.__doc__, verb.__name__
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _run(options: Common, work: Callable[[Cli], ExitCode | None]) -> ExitCode:
+    debug = options.debug or os.environ.get("VECTORKEEP_DEBUG", "").lower() in ("1", "true", "yes", "on")
+    log_to_stderr(_level(options, debug))
+    _be_forgiving_about_encodings()
+    signal.signal(signal.SIGTERM, _end_in_order)
+    output = Output(json=options.json, quiet=options.quiet)
+    try:
+        return work(Cli(options, output)) or ExitCode.OK
+    except OutputClosed:
+        return _close_stdout()
+    except KeyboardInterrupt:
+        output.complain("interrupted")
+        return ExitCode.INTERRUPTED
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise  # typer tells these
+    except Exception as exc:  # noqa: BLE001  (the outermost place: told, never swallowed)
+        if debug:
+            traceback.print_exc()
+        return _tell(exc, output)
+
+
+def _tell(exc: Exception, output: Output) -> ExitCode:
+    """Say what went wrong: a line on stderr, and with --json the document on stdout."""
+    error = as_error_of_ours(exc)
+    if error is not None:
+        code, message, kind = exit_code_of(error), str(error), type(error).__name__
+    else:
+        code, kind = ExitCode.DEFECT, type(exc).__name__
+        message = f"defect: {kind}: {exc}; please report it with what --debug shows"
+    output.complain(" ".join(message.split()))
+    try:
+        output.document({"error": {"kind": kind, "message": message, "exit_code": int(code)}})
+    except OutputClosed:
+        _close_stdout()
+    return code
+
+
+def _close_stdout() -> ExitCode:
+    # Else the interpreter would complain when it flushes stdout at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ExitCode.BROKEN_PIPE
+
+
+def _end_in_order(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Let `with` blocks end on SIGTERM, so that embedded servers stop with the last command."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _level(options: Common, debug: bool) -> int:
+    if debug:
+        return logging.DEBUG
+    if options.verbose:
+        return logging.INFO
+    return logging.ERROR if options.quiet else logging.WARNING
+
+
+def _be_forgiving_about_encodings() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

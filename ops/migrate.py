@@ -1,0 +1,115 @@
+"""`vectorkeep migrate`."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from db import adopt as adoption
+from db import registry
+from db.config import Settings
+from db.embedder import embedder_by_name
+from db.engine import connect_directly
+from db.errors import translated
+from db.migrate import current_revision, head_revision, upgrade
+
+from .command import Cli
+from .exit_codes import ExitCode
+from .opening import DEFAULT_EMBEDDER, target_url
+
+
+class Distance(StrEnum):
+    COSINE = "cosine"
+    L2 = "l2"
+    INNER_PRODUCT = "inner_product"
+
+
+@dataclass(frozen=True)
+class _Model:
+    model_id: str
+    dimensions: int | None
+    distance: Distance
+
+
+def migrate(
+    cli: Cli,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", show_default=False, help="Register this embedding model and build its indexes."),
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(min=1, max=16_000, show_default=False, help="Dimensions of the model's vectors.")
+    ] = None,
+    distance: Annotated[Distance, typer.Option(help="How vectors are compared; fixed for good.")] = Distance.COSINE,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Take over tables made by hand; --model names what made their vectors.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only tell whether the schema is at head.")] = False,
+) -> ExitCode | None:
+    """Bring the schema to the newest revision.
+
+    It works online and is safe to run again. Prints the revisions before and after. With --check nothing is
+    changed, and the exit code is 4 where the schema is not at head.
+    """
+    chosen = _chosen_model(model, dimensions, distance, adopt=adopt)
+    with target_url(cli.options) as url:
+        if check:
+            return _check(cli, url)
+        if adopt and chosen is not None:
+            _adopt(cli, url, chosen)
+            return None
+        before, after = upgrade(url, on_wait=cli.output.say)
+        if chosen is not None and chosen.dimensions is not None:
+            cli.output.say(f"registering {chosen.model_id} and building its indexes")
+            registry.register_model(url, chosen.model_id, chosen.dimensions, chosen.distance.value)
+    cli.output.document({"before": before, "after": after, "model": asdict(chosen) if chosen else None})
+    cli.output.fields({"before": before or "none", "after": after, **_model_fields(chosen)})
+    return None
+
+
+def _chosen_model(model: str | None, dimensions: int | None, distance: Distance, *, adopt: bool) -> _Model | None:
+    if model is None:
+        if adopt:
+            raise typer.BadParameter("--adopt needs --model: what made the vectors", param_hint="--model")
+        if dimensions is not None:
+            raise typer.BadParameter("--dimensions needs --model", param_hint="--dimensions")
+        return None
+    if model == DEFAULT_EMBEDDER:
+        embedder = embedder_by_name(model)
+        return _Model(embedder.model_id, dimensions or embedder.dimensions, distance)
+    if dimensions is None and not adopt:
+        raise typer.BadParameter("--model needs --dimensions", param_hint="--model")
+    return _Model(model, dimensions, distance)
+
+
+def _check(cli: Cli, url: str) -> ExitCode | None:
+    current = revision_at(url)
+    head = head_revision()
+    cli.output.document({"current": current, "head": head, "at_head": current == head})
+    cli.output.fields({"current": current or "none", "head": head})
+    if current == head:
+        return None
+    cli.output.complain("the schema is not at head; run 'vectorkeep migrate'")
+    return ExitCode.SCHEMA
+
+
+def revision_at(url: str) -> str | None:
+    """The schema's revision, None where there is no schema."""
+    with translated(), connect_directly(url, Settings(database_url=url)) as connection:
+        return current_revision(connection)
+
+
+def _adopt(cli: Cli, url: str, model: _Model) -> None:
+    result = adoption.adopt(url, model_id=model.model_id, dimensions=model.dimensions, distance=model.distance.value)
+    cli.output.document(result)
+    adopted = asdict(result)
+    for sentence in adopted.pop("details"):
+        cli.output.say(sentence)
+    cli.output.fields(adopted)
+
+
+def _model_fields(model: _Model | None) -> dict[str, Any]:
+    if model is None:
+        return {}
+    return {"model": model.model_id, "dimensions": model.dimensions, "distance": model.distance.value}

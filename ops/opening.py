@@ -1,0 +1,54 @@
+"""How the commands open a store, and what they embed texts with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import db
+from db import embedded
+from db.config import Settings
+from db.embedder import embedder_by_name
+
+from .command import Common
+
+DEFAULT_EMBEDDER = "wordllama"
+
+
+def open_store(options: Common, **settings: Any) -> db.VectorStore:
+    """The store that the command line and the environment name."""
+    if options.database_url is not None:
+        # The environment's direct connection may be one to another database.
+        settings.setdefault("maintenance_url", None)
+    return db.connect(options.database_url, redis_url(options), **settings)
+
+
+def redis_url(options: Common) -> str | Literal[False] | None:
+    return False if options.redis_url in ("none", "") else options.redis_url
+
+
+@contextmanager
+def target_url(options: Common) -> Iterator[str]:
+    """The URL of the database that the command line and the environment name; the embedded one is started."""
+    settings = Settings.load({} if options.database_url is None else {"database_url": options.database_url})
+    url = settings.postgres_url()
+    if url is not None:
+        yield url
+        return
+    servers = embedded.acquire(settings.home, settings=settings.embedded_settings, redis=False)
+    try:
+        yield servers.database_url
+    finally:
+        servers.release()
+
+
+def text_embedder(store: db.VectorStore) -> db.Embedder:
+    """What the commands embed texts with. Raises ValidationError where the store's vectors are of another model."""
+    model = store.model
+    embedder = embedder_by_name(DEFAULT_EMBEDDER)
+    if model is not None and model.model_id != embedder.model_id:
+        raise db.ValidationError(
+            f"the store's model is {model.model_id!r} ({model.dimensions} dimensions), and this command embeds texts "
+            f"only with {embedder.model_id!r}; ingest JSONL that has the vectors ('embedding'), or use the library: "
+            "db.connect(embedder=db.CallableEmbedder(function, model_id, dimensions))"
+        )
+    return embedder

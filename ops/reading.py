@@ -1,0 +1,215 @@
+"""Files and folders read into items. What cannot be read is noted, and stops nothing else."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import orjson
+
+import db
+
+from .html_text import html_text
+
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".html", ".htm"})
+RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+MAX_FILE_BYTES = 64 * 2**20
+
+# Never a link, and never a wait for the other end of a pipe.
+_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class UnreadableError(Exception):
+    """A file is not one to read. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file to read: the folder it belongs to, its path in there, and an open folder to open it from."""
+
+    folder: Path
+    path: PurePosixPath
+    opened_folder: int | None
+
+    @property
+    def shown(self) -> str:
+        return displayable(self.folder / self.path)
+
+    def open(self) -> int:
+        if self.opened_folder is None:
+            return os.open(self.folder / self.path, _OPEN_FLAGS)
+        return os.open(self.path.name, _OPEN_FLAGS, dir_fd=self.opened_folder)
+
+
+@dataclass
+class Reader:
+    """Reads what the command was given.
+
+    A file's id is its source and its path in the folder; without a `source` that is its absolute path. `failed`
+    holds (file, reason) of what could not be read; `passed_over` counts links and special files, `empty` files
+    without any text.
+    """
+
+    source: str | None = None
+    workspace: str | None = None
+    read: int = 0
+    empty: int = 0
+    passed_over: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    _given: dict[str, str] = field(default_factory=dict)
+
+    # -- texts -----------------------------------------------------------------------------------------
+
+    def count(self, paths: Iterable[Path]) -> int:
+        """How many files `texts` will look at, for a progress bar."""
+        return sum(1 for _ in Reader().find(paths))
+
+    def texts(self, paths: Iterable[Path]) -> Iterator[db.Item]:
+        """One item for each readable file of `paths`, files and folders."""
+        for found in self.find(paths):
+            try:
+                item = self._item(found)
+            except (UnreadableError, OSError) as exc:
+                self.failed.append((found.shown, getattr(exc, "strerror", None) or str(exc)))
+            else:
+                if item is not None:
+                    yield item
+
+    def find(self, paths: Iterable[Path]) -> Iterator[Found]:
+        for given in paths:
+            path = given.resolve()  # a link that was typed is meant
+            if path.is_dir():
+                yield from self._walk(path)
+            elif path.suffix.lower() in TEXT_SUFFIXES:
+                yield Found(path.parent, PurePosixPath(path.name), None)
+            else:
+                self.failed.append((displayable(given), f"unknown kind {path.suffix!r}; expected {_expected()}"))
+
+    def _walk(self, folder: Path) -> Iterator[Found]:
+        """Text files below `folder`. Hidden ones are left out, and no link is followed."""
+        for top, folders, files, opened in os.fwalk(folder, onerror=self._unreadable_folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                path = PurePosixPath(top, name)
+                if name.startswith(".") or path.suffix.lower() not in TEXT_SUFFIXES:
+                    continue
+                if _is_regular(name, opened):
+                    yield Found(folder, path.relative_to(folder), opened)
+                else:
+                    self.passed_over += 1
+
+    def _unreadable_folder(self, exc: OSError) -> None:
+        self.failed.append((displayable(exc.filename or "folder"), exc.strerror or str(exc)))
+
+    def _item(self, found: Found) -> db.Item | None:
+        source = self.source or displayable(found.folder)
+        id_ = str(PurePosixPath(source, displayable(found.path)))
+        earlier = self._given.setdefault(id_, found.shown)
+        if earlier != found.shown:
+            raise UnreadableError(f"has the same id {id_!r} as {earlier}; ingest it with another --source")
+        text, title = _text_and_title(found)
+        if not text.strip():
+            self.empty += 1
+            return None
+        self.read += 1
+        metadata: dict[str, Any] = {"path": displayable(found.path), "title": title}
+        if self.workspace is not None:
+            metadata["workspace"] = self.workspace
+        return db.Item(id_, text, metadata, source)
+
+    # -- records ---------------------------------------------------------------------------------------
+
+    def records(self, lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
+        """The records of JSONL `lines`, the source and workspace of the command filled in where they lack one."""
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = self._record(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            except UnreadableError as exc:
+                self.failed.append((f"{name}:{number}", str(exc)))
+            else:
+                self.read += 1
+                yield record
+
+    def _record(self, line: bytes) -> dict[str, Any]:
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as exc:
+            raise UnreadableError(f"not JSON: {exc}") from exc
+        if not isinstance(record, dict):
+            raise UnreadableError(f"a {type(record).__name__}; expected an object with id and text")
+        for key in ("id", "text"):
+            if not isinstance(record.get(key), str):
+                raise UnreadableError(f"{key} is {record.get(key)!r:.60}; expected a string")
+        if record.get("embedding", ...) is None:
+            del record["embedding"]  # null: it has none
+        if self.source is not None:
+            record.setdefault("source_id", self.source)
+        if self.workspace is not None:
+            metadata = record.setdefault("metadata", {})
+            if isinstance(metadata, dict):
+                metadata.setdefault("workspace", self.workspace)
+        return record
+
+
+def open_records(path: Path) -> IO[bytes]:
+    """The lines of a JSONL file. Raises UnreadableError, OSError."""
+    descriptor = os.open(path.resolve(), _OPEN_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableError("not a regular file; for a pipe give '-'")
+    return open(descriptor, "rb")  # noqa: PTH123  (a descriptor, not a path)
+
+
+def displayable(path: str | os.PathLike[str]) -> str:
+    """`path` in characters that UTF-8 can hold; file names may be any bytes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _is_regular(name: str, folder: int) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except OSError:
+        return True  # opening it will tell why
+
+
+def _text_and_title(found: Found) -> tuple[str, str]:
+    text = _read_text(found)
+    suffix = found.path.suffix.lower()
+    title: str | None = None
+    if suffix in (".html", ".htm"):
+        text, title = html_text(text)
+    elif suffix in (".md", ".rst"):
+        title = _heading(text)
+    return text, title or displayable(found.path.name)
+
+
+def _read_text(found: Found) -> str:
+    with open(found.open(), "rb") as file:  # noqa: PTH123  (a descriptor, not a path)
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UnreadableError("not a regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise UnreadableError(f"larger than {MAX_FILE_BYTES // 2**20} MiB; cut it into parts")
+    if b"\0" in content:
+        raise UnreadableError("binary; expected text in UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise UnreadableError(f"not UTF-8 at byte {exc.start}; convert it, for example with iconv") from exc
+
+
+def _heading(text: str) -> str | None:
+    """The first line with letters, where Markdown and reStructuredText have the title."""
+    for line in text[:4000].splitlines():
+        title = line.strip().lstrip("#").strip()
+        if any(c.isalnum() for c in title) and not line.startswith(("..", "<!--", "---", "[")):
+            return title[:200]
+    return None
+
+
+def _expected() -> str:
+    return ", ".join(sorted(TEXT_SUFFIXES | RECORD_SUFFIXES))
