@@ -18,7 +18,9 @@ _CHANGED = """
     LEFT JOIN embeddings AS stored ON stored.id = given.id
     WHERE stored.content_hash IS DISTINCT FROM given.content_hash
        OR given.vector_given AND stored.vector_hash IS DISTINCT FROM given.vector_hash
-       OR given.chunks_given AND stored.chunks_hash IS DISTINCT FROM given.chunks_hash
+       OR given.chunks_given AND (stored.chunks_hash IS DISTINCT FROM given.chunks_hash
+                                  OR given.chunks_hash IS NULL
+                                     AND EXISTS (SELECT FROM chunks WHERE chunks.document_id = given.id))
 """
 
 # Of the items of a batch, those to write; whether they are stored, and whether with the text's own vector.
@@ -35,20 +37,25 @@ _CHANGED_ITEMS = """
 """
 
 _LOCK_STORED = """
-    SELECT id, source_id, workspace, content_hash, vector_hash, chunks_hash
+    SELECT id, source_id, workspace, content_hash, vector_hash, chunks_hash,
+           chunks_hash IS NULL AND EXISTS (SELECT FROM chunks WHERE chunks.document_id = embeddings.id)
     FROM embeddings WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE
 """
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRow:
-    """What is stored of a document, as far as an upsert must know it."""
+    """What is stored of a document, as far as an upsert must know it.
+
+    chunks_unhashed: it has chunks that no hash tells of, taken back after a deletion or adopted.
+    """
 
     source_id: str
     workspace: str | None
     content_hash: bytes | None
     vector_hash: bytes | None
     chunks_hash: bytes | None
+    chunks_unhashed: bool
 
     def content_differs(self, document: PreparedDocument) -> bool:
         return self.content_hash != document.content_hash
@@ -57,7 +64,7 @@ class StoredRow:
         return document.vector_given and self.vector_hash != document.vector_hash
 
     def chunks_differ(self, document: PreparedDocument) -> bool:
-        return document.chunks is not None and self.chunks_hash != document.chunks_hash
+        return document.chunks is not None and (self.chunks_unhashed or self.chunks_hash != document.chunks_hash)
 
     def differs(self, document: PreparedDocument) -> bool:
         return self.content_differs(document) or self.vector_differs(document) or self.chunks_differ(document)

@@ -66,7 +66,7 @@ def stage_chunks(cursor: Cursor[Any], documents: Iterable[PreparedDocument]) -> 
 
 def copy_documents(cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str, now: datetime) -> None:
     """COPY new `documents` straight into `embeddings`. Raises UniqueViolation where one is there already."""
-    rows = (_document_row(d, model_id, d.created_at or d.updated_at or now, d.updated_at or now) for d in documents)
+    rows = (_document_row(d, model_id, d.created_at or now, d.updated_at or now) for d in documents)
     _copy(cursor, "embeddings", _DOCUMENT_COLUMNS, rows)
 
 

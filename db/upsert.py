@@ -19,8 +19,8 @@ _INSERT_NEW = """
     INSERT INTO embeddings (id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
                             model_id, embedding, metadata, created_at, updated_at)
     SELECT id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
-           model_id, embedding, metadata, coalesce(created_at, updated_at), updated_at
-    FROM vectorkeep_documents WHERE id = ANY(%s) ORDER BY id
+           model_id, embedding, metadata, coalesce(created_at, %(now)s), updated_at
+    FROM vectorkeep_documents WHERE id = ANY(%(ids)s) ORDER BY id
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 """
@@ -47,10 +47,15 @@ _MOVE_CHUNKS = """
       AND (chunks.source_id, chunks.workspace) IS DISTINCT FROM (document.source_id, document.workspace)
 """
 
+# Detached chunks stand in the source and workspace that their document had: those are changed, too.
 _TAKE_BACK_DETACHED = """
+    WITH detached AS (
+        SELECT id, source_id, workspace FROM chunks
+        WHERE document_id IS NULL AND origin_id = ANY(%s) ORDER BY id FOR UPDATE)
     UPDATE chunks SET document_id = origin_id, source_id = document.source_id, workspace = document.workspace
-    FROM embeddings AS document
-    WHERE chunks.document_id IS NULL AND chunks.origin_id = document.id AND document.id = ANY(%s)
+    FROM detached, embeddings AS document
+    WHERE chunks.id = detached.id AND chunks.origin_id = document.id
+    RETURNING detached.source_id, detached.workspace
 """
 
 _DELETE_GONE_CHUNKS = """
@@ -60,7 +65,9 @@ _DELETE_GONE_CHUNKS = """
                       WHERE given.id = chunks.id AND given.document_id = chunks.document_id)
 """
 
-_DELETE_DETACHED = "DELETE FROM chunks WHERE document_id IS NULL AND origin_id = ANY(%s)"
+_DELETE_DETACHED = """
+    DELETE FROM chunks WHERE document_id IS NULL AND origin_id = ANY(%s) RETURNING source_id, workspace
+"""
 
 _UPDATE_CHUNK_VECTORS = """
     UPDATE chunks
@@ -113,16 +120,16 @@ class UpsertBatch:
         cursor, now = transaction.cursor, datetime.now(UTC)
         stored = lock_stored(cursor, self.stored & self.ids)
         new = sorted((d for d in self.documents if d.id not in stored), key=lambda d: d.id)
-        if new and not _copy_new(cursor, new, self.model_id, now):
-            create_staging(cursor)
-            stage_documents(cursor, new, self.model_id, now)
-            new = _insert_new(cursor, new, stored)
+        if new:
+            _give_way(transaction, new)
+            if not _copy_new(cursor, new, self.model_id, now):
+                new = _insert_new(cursor, new, stored, self.model_id, now)
+            _take_back(transaction, new)
         inserted = {d.id for d in new}
         updated = [d for d in self.documents if d.id not in inserted and stored[d.id].differs(d)]
         if updated:
             _update_stored(cursor, updated, stored, self.model_id, now)
-        _chunks_of_new(cursor, new)
-        _chunks_of_updated(cursor, updated, stored)
+            _chunks_of_updated(transaction, updated, stored)
         for document in (*new, *updated):
             transaction.touch(document.source_id, document.workspace)
         for document in updated:
@@ -133,33 +140,57 @@ class UpsertBatch:
         return outcomes
 
 
-def _copy_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: str, now: datetime) -> bool:
-    """COPY the `new` documents straight into the table: the fast way, where nothing is in its way.
+def _give_way(transaction: WriteTransaction, documents: Sequence[PreparedDocument]) -> None:
+    """Remove detached chunks of the `documents` that come with chunks of their own."""
+    if ids := [d.id for d in documents if d.chunks is not None]:
+        for source_id, workspace in transaction.cursor.execute(_DELETE_DETACHED, (ids,)).fetchall():
+            transaction.touch(source_id, workspace)
 
-    False, with nothing done, where another writer made one of them meanwhile, or where the table takes no
+
+def _take_back(transaction: WriteTransaction, new: Sequence[PreparedDocument]) -> None:
+    """Give detached chunks of the `new` documents back to those that come without."""
+    if ids := [d.id for d in new if d.chunks is None]:
+        for source_id, workspace in transaction.cursor.execute(_TAKE_BACK_DETACHED, (ids,)).fetchall():
+            transaction.touch(source_id, workspace)
+
+
+def _copy_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: str, now: datetime) -> bool:
+    """COPY the `new` documents and their chunks straight into the tables: the fast way.
+
+    False, with nothing done, where another writer made one of them meanwhile, or where the tables take no
     COPY (row-level security).
     """
     try:
         with cursor.connection.transaction():
             copy_documents(cursor, new, model_id, now)
+            copy_chunks(cursor, new)
     except (pg.UniqueViolation, pg.FeatureNotSupported):
         return False
     return True
 
 
 def _insert_new(
-    cursor: Cursor[Any], new: Sequence[PreparedDocument], stored: dict[str, StoredRow]
+    cursor: Cursor[Any],
+    new: Sequence[PreparedDocument],
+    stored: dict[str, StoredRow],
+    model_id: str,
+    now: datetime,
 ) -> list[PreparedDocument]:
-    """Insert the staged `new` documents; returns those. One that another writer made is locked, and in `stored`."""
+    """Insert the `new` documents with their chunks; returns those. One made meanwhile joins `stored`, locked."""
+    create_staging(cursor)
+    stage_documents(cursor, new, model_id, now)
     inserted: set[str] = set()
     waiting = list(new)
     while waiting:
-        cursor.execute(_INSERT_NEW, ([d.id for d in waiting],))
+        cursor.execute(_INSERT_NEW, {"ids": [d.id for d in waiting], "now": now})
         inserted.update(row[0] for row in cursor)
         late = [d for d in waiting if d.id not in inserted]
         stored.update(lock_stored(cursor, [d.id for d in late]))
         waiting = [d for d in late if d.id not in stored]  # made and deleted again by others: once more
-    return [d for d in new if d.id in inserted]
+    new = [d for d in new if d.id in inserted]
+    stage_chunks(cursor, new)
+    cursor.execute(_INSERT_CHUNKS)
+    return new
 
 
 def _update_stored(
@@ -183,28 +214,19 @@ def _update_stored(
         cursor.execute(statement, (ids,))
 
 
-def _chunks_of_new(cursor: Cursor[Any], documents: Sequence[PreparedDocument]) -> None:
-    """Insert the chunks of new documents. Detached ones from before are taken back, or give way."""
-    if kept := [d.id for d in documents if d.chunks is None]:
-        cursor.execute(_TAKE_BACK_DETACHED, (kept,))
-    if given := [d for d in documents if d.chunks is not None]:
-        cursor.execute(_DELETE_DETACHED, ([d.id for d in given],))
-        copy_chunks(cursor, given)
-
-
 def _chunks_of_updated(
-    cursor: Cursor[Any], documents: Sequence[PreparedDocument], stored: dict[str, StoredRow]
+    transaction: WriteTransaction, documents: Sequence[PreparedDocument], stored: dict[str, StoredRow]
 ) -> None:
     """Bring the chunks of `documents` to what was given; where none were, keep and move the stored ones."""
+    cursor = transaction.cursor
     if moved := [d.id for d in documents if d.chunks is None and _moves(d, stored[d.id])]:
         cursor.execute(_MOVE_CHUNKS, (moved,))
     replaced = [d for d in documents if d.chunks is not None]
     if not replaced:
         return
-    ids = [d.id for d in replaced]
+    _give_way(transaction, replaced)
     stage_chunks(cursor, replaced)
-    cursor.execute(_DELETE_DETACHED, (ids,))
-    cursor.execute(_DELETE_GONE_CHUNKS, {"ids": ids})
+    cursor.execute(_DELETE_GONE_CHUNKS, {"ids": [d.id for d in replaced]})
     cursor.execute(_UPDATE_CHUNK_VECTORS)
     cursor.execute(_UPDATE_CHUNKS)
     cursor.execute(_INSERT_CHUNKS)

@@ -76,7 +76,10 @@ def as_vector(value: Any) -> NDArray[np.float32]:
 
 def _is_plainly_fine(array: NDArray[np.float32]) -> bool:
     """One pass for nearly every vector: a finite product with itself means finite components."""
-    return array.ndim == 1 and 0 < array.size <= MAX_DIMENSIONS and math.isfinite(np.dot(array, array))
+    if array.ndim != 1 or not 0 < array.size <= MAX_DIMENSIONS:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(np.dot(array, array))
 
 
 def check_fits(vector: NDArray[np.float32], distance: Distance, *, indexed: bool) -> None:

@@ -1,0 +1,41 @@
+"""What tests of a store look at it with: a connection of their own, and a way to wait without guessing."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+Rows = Callable[..., list[tuple[Any, ...]]]
+
+
+@pytest.fixture
+def admin(database_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection in autocommit that is not the store's."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def sql(admin: psycopg.Connection[Any]) -> Rows:
+    """`sql(statement, *values)` runs a statement beside the store and returns its rows."""
+
+    def run(statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        cursor = admin.execute(statement, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    return run
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """`until(condition)` polls until it is true, and fails the test where it never is."""
+
+    def wait(condition: Callable[[], Any], *, within_s: float = 15) -> None:
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, "this never came true"
+            time.sleep(0.02)
+
+    return wait

@@ -1,0 +1,310 @@
+"""batch_upsert: what becomes of each document, and that a bad one never stops the others."""
+
+import gc
+import weakref
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+import db
+from db import Document, SchemaError
+
+
+def doc(id_, text="text", **parts):
+    return {"id": id_, "text": text, **parts}
+
+
+def counts(result):
+    return {
+        name: getattr(result, name)
+        for name in ("inserted", "updated", "unchanged", "superseded", "failed")
+        if getattr(result, name)
+    }
+
+
+def vector(*values):
+    return [*values, *[0.0] * (8 - len(values))]
+
+
+def test_each_document_counts_by_what_became_of_its_row(store):
+    assert counts(store.batch_upsert([doc("a"), doc("b"), doc("c")])) == {"inserted": 3}
+    result = store.batch_upsert([doc("a"), doc("b", "other"), doc("d")])
+    assert counts(result) == {"inserted": 1, "updated": 1, "unchanged": 1}
+    assert result.duration_ms > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_the_last_one_of_an_id_wins_within_a_batch_and_across_batches(store, batch_size):
+    given = [doc("a", "1"), doc("a", "2"), doc("b", "1"), doc("a", "3"), doc("b", "1")]
+    assert counts(store.batch_upsert(given, batch_size=batch_size)) == {"inserted": 2, "superseded": 3}
+    assert [d.text for d in store.get(["a", "b"])] == ["3", "1"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_invalid_document_never_wins_over_a_valid_one(store, batch_size):
+    result = store.batch_upsert([doc("a", "good"), doc("a", ""), doc("a", "\0")], batch_size=batch_size)
+    assert counts(result) == {"inserted": 1, "failed": 2}
+    assert store.get(["a"])[0].text == "good"
+
+
+def test_five_kinds_of_bad_documents_among_good_ones(store):
+    given = [
+        doc("good 1", embedding=vector(1)),
+        doc("x" * 1025),
+        doc("nul", "a\0b"),
+        doc("good 2"),
+        doc("short", embedding=[1.0, 2.0]),
+        doc("nan", embedding=vector(float("nan"))),
+        doc("zero", embedding=[0.0] * 8),
+        doc("metadata", metadata={"a": object()}),
+        doc("good 3"),
+        {"text": "nameless"},
+        "no document",
+    ]
+    result = store.batch_upsert(given)
+    assert counts(result) == {"inserted": 3, "failed": 8}
+    reasons = dict(result.errors)
+    assert reasons["x" * 1025] == "id has 1025 bytes; expected at most 1024"
+    assert "NUL" in reasons["nul"]
+    assert "2 dimensions, the store expects 8" in reasons["short"]
+    assert "NaN" in reasons["nan"]
+    assert "all zeros" in reasons["zero"]
+    assert "not JSON-serializable" in reasons["metadata"]
+    assert [reason for id_, reason in result.errors if id_ == "None"] == [
+        "id is missing",
+        "got a str; expected a Document or a mapping",
+    ]
+    assert [d.id for d in store.get([f"good {n}" for n in (1, 2, 3)])] == ["good 1", "good 2", "good 3"]
+
+
+def test_what_was_written_reads_back_as_it_was(store):
+    metadata = {"workspace": "w", "a": [1, 2.5, None, {"ä": "😀"}], "big": 2**63, "small": 5e-324, "yes": True}
+    exact = np.array([0.1, -1e-30, 3e38, 1, 2, 3, 4, 5], np.float32)
+    store.batch_upsert([doc("ä/1", "line\r\n\ttext 😀\\N", metadata=metadata, source_id="s", embedding=exact)])
+    [stored] = store.get(["ä/1"])
+    assert (stored.text, stored.metadata, stored.source_id) == ("line\r\n\ttext 😀\\N", metadata, "s")
+    assert stored.embedding.tobytes() == exact.tobytes()
+
+
+def test_what_was_read_can_be_written_back_and_changes_nothing(store):
+    store.batch_upsert([doc("a", embedding=vector(1), chunks=[{"text": "c", "embedding": vector(2)}]), doc("b")])
+    assert counts(store.batch_upsert(store.get(["a", "b"]))) == {"unchanged": 2}
+
+
+def test_a_server_side_refusal_is_isolated_in_few_transactions(store, sql):
+    sql("ALTER TABLE embeddings ADD CONSTRAINT no_swearing CHECK (text <> 'damn')")
+    given = [doc(f"{n:04}", "damn" if n == 397 else f"text {n}") for n in range(1024)]
+    result = store.batch_upsert(given, batch_size=1024)
+    assert counts(result) == {"inserted": 1023, "failed": 1}
+    [(id_, reason)] = result.errors
+    assert id_ == "0397"
+    assert reason.startswith("refused by the server: ")
+    assert "no_swearing" in reason
+    # 10 halvings from 1024 to 1 leave 10 halves that the culprit is not in.
+    assert sql("SELECT count(*) FROM write_log") == [(10,)]
+
+
+def test_what_a_trigger_refuses_lands_in_errors_with_the_servers_words(store, sql):
+    sql("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN IF NEW.text = 'bad' THEN RAISE EXCEPTION 'we do not want %', NEW.id; END IF; RETURN NEW; END $$
+    """)
+    sql("CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON embeddings FOR EACH ROW EXECUTE FUNCTION refuse()")
+    result = store.batch_upsert([doc("a", "bad"), doc("b"), doc("c", "bad"), doc("d")])
+    assert counts(result) == {"inserted": 2, "failed": 2}
+    assert sorted(result.errors) == [
+        ("a", "refused by the server: we do not want a"),
+        ("c", "refused by the server: we do not want c"),
+    ]
+    assert counts(store.batch_upsert([doc("b", "bad"), doc("d", "fine")])) == {"updated": 1, "failed": 1}
+    assert store.get(["b"])[0].text == "text"
+
+
+def test_a_refused_document_is_logged_nowhere_and_the_others_once(store, sql):
+    sql("ALTER TABLE embeddings ADD CHECK (source_id <> 'bad')")
+    store.batch_upsert([doc("a", source_id="bad"), doc("b", source_id="good")])
+    assert sql("SELECT tags FROM write_log") == [(["source:good", "store"],)]
+
+
+def test_a_generator_is_read_one_batch_at_a_time_and_not_kept(store):
+    class Given(dict):
+        pass
+
+    alive = weakref.WeakSet()
+    most, read, told = 0, 0, []
+
+    def source():
+        nonlocal most, read
+        for n in range(500):
+            given = Given(id=f"{n}", text=f"text {n}")
+            alive.add(given)
+            most, read = max(most, len(alive)), n + 1
+            yield given
+            del given
+
+    def progress(processed, total):
+        told.append((processed, total, read))
+
+    # WeakSet needs a hash that a dict lacks.
+    Given.__hash__ = object.__hash__
+    gc.collect()
+    assert counts(store.batch_upsert(source(), batch_size=50, on_progress=progress)) == {"inserted": 500}
+    assert told == [(n, None, n) for n in range(50, 501, 50)]
+    assert most <= 101
+
+
+def test_progress_of_a_list_knows_the_total_and_counts_bad_ones_too(store):
+    told = []
+    store.batch_upsert([doc("a"), doc(""), doc("b")], batch_size=2, on_progress=lambda *t: told.append(t))
+    assert told == [(2, 3), (3, 3)]
+
+
+def test_an_empty_input_is_no_error(store, sql):
+    assert counts(store.batch_upsert([])) == {}
+    assert counts(store.batch_upsert(iter(()))) == {}
+    assert sql("SELECT count(*) FROM write_log") == [(0,)]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 100_001, 2.5, "10"])
+def test_a_batch_size_out_of_range_is_refused(store, batch_size):
+    with pytest.raises(db.ValidationError, match="batch_size is"):
+        store.batch_upsert([doc("a")], batch_size=batch_size)
+
+
+def test_an_exception_of_the_generator_passes_through_and_earlier_batches_stay(store):
+    def source():
+        yield doc("a")
+        yield doc("b")
+        raise RuntimeError("file is broken")
+
+    with pytest.raises(RuntimeError, match="file is broken"):
+        store.batch_upsert(source(), batch_size=1)
+    assert [d.id for d in store.get(["a", "b"])] == ["a", "b"]
+
+
+# -- parts that are absent, and parts that are given empty ---------------------------------------------------
+
+
+def test_an_absent_vector_stays_and_none_removes_it(store, sql):
+    store.batch_upsert([doc("a", embedding=vector(1, 2))])
+    assert counts(store.batch_upsert([doc("a", "other")])) == {"updated": 1}
+    assert store.get(["a"])[0].embedding.tolist() == vector(1, 2)
+    assert counts(store.batch_upsert([Document("a", "other", embedding=None)])) == {"updated": 1}
+    assert sql("SELECT embedding, vector_hash, model_id FROM embeddings") == [(None, None, None)]
+    assert counts(store.batch_upsert([Document("a", "other", embedding=None)])) == {"unchanged": 1}
+
+
+def test_a_vector_alone_can_change(store):
+    store.batch_upsert([doc("a", embedding=vector(1))])
+    assert counts(store.batch_upsert([doc("a", embedding=vector(1.0000001))])) == {"updated": 1}
+    assert counts(store.batch_upsert([doc("a", embedding=np.array(vector(1.0000001)))])) == {"unchanged": 1}
+
+
+def test_a_batch_without_any_vector_needs_no_model(database_url, redis_url):
+    with db.connect(database_url, redis_url) as store:
+        assert counts(store.batch_upsert([doc("a"), Document("b", "t", embedding=None)])) == {"inserted": 2}
+        assert store.model is None
+
+
+# -- times ---------------------------------------------------------------------------------------------------
+
+OLD = datetime(2001, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
+NEWER = datetime(2011, 2, 3, 4, 5, 6, 789013, tzinfo=UTC)
+
+
+def test_absent_times_are_the_time_of_the_write(store):
+    before = datetime.now(UTC)
+    store.batch_upsert([doc("a")])
+    [first] = store.get(["a"])
+    assert before <= first.created_at == first.updated_at <= datetime.now(UTC)
+    store.batch_upsert([doc("a", "other")])
+    [second] = store.get(["a"])
+    assert second.created_at == first.created_at
+    assert second.updated_at > first.updated_at
+
+
+def test_given_times_are_kept_to_the_microsecond(store):
+    store.batch_upsert([doc("a", created_at=OLD, updated_at=NEWER)])
+    [stored] = store.get(["a"])
+    assert (stored.created_at, stored.updated_at) == (OLD, NEWER)
+    store.batch_upsert([doc("a", "other", created_at=NEWER, updated_at=OLD)])
+    [stored] = store.get(["a"])
+    assert (stored.created_at, stored.updated_at) == (NEWER, OLD)
+
+
+def test_a_new_row_is_created_now_even_where_it_was_updated_long_ago(store):
+    before = datetime.now(UTC)
+    store.batch_upsert([doc("a", updated_at=OLD)])
+    [stored] = store.get(["a"])
+    assert stored.updated_at == OLD
+    assert stored.created_at >= before
+
+
+def test_other_times_alone_are_no_change(store):
+    store.batch_upsert([doc("a", created_at=OLD)])
+    assert counts(store.batch_upsert([doc("a", created_at=NEWER)])) == {"unchanged": 1}
+    assert store.get(["a"])[0].created_at == OLD
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def test_the_first_vector_registers_the_model_with_its_indexes(database_url, redis_url, sql):
+    with db.connect(database_url, redis_url, model_id="first", distance="l2") as store:
+        store.batch_upsert([doc("a", embedding=[1.0, 2.0, 3.0])])
+        assert (store.model.model_id, store.model.dimensions, store.model.distance) == ("first", 3, "l2")
+    assert sql("SELECT model_id, dimensions, distance, active FROM embedding_models") == [("first", 3, "l2", True)]
+    assert sql("SELECT count(*) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_vector_idx' AND indisvalid") == [
+        (2,)
+    ]
+    assert sql("SELECT model_id FROM embeddings") == [("first",)]
+
+
+def test_an_invalid_first_vector_registers_nothing(database_url, redis_url, sql):
+    with db.connect(database_url, redis_url) as store:
+        assert counts(store.batch_upsert([doc("a", embedding=[0.0, 0.0]), doc("b", embedding=["x"])])) == {"failed": 2}
+        assert store.model is None
+    assert sql("SELECT count(*) FROM embedding_models") == [(0,)]
+
+
+def test_a_second_model_is_refused_every_time_and_writes_nothing(database_url, redis_url, sql):
+    with db.connect(database_url, redis_url, model_id="second", dimensions=3) as late:
+        with db.connect(database_url, redis_url, model_id="first", dimensions=3) as first:
+            first.batch_upsert([doc("a", embedding=[1.0, 0.0, 0.0])])
+        for _ in range(2):
+            with pytest.raises(SchemaError, match="the store's model is 'first', not 'second'"):
+                late.batch_upsert([doc("b", embedding=[0.0, 1.0, 0.0])])
+            with pytest.raises(SchemaError, match="'first', not 'second'"):
+                late.search([0.0, 1.0, 0.0])
+    assert sql("SELECT id FROM embeddings") == [("a",)]
+    with pytest.raises(SchemaError, match="'first', not 'second'"):
+        db.connect(database_url, redis_url, model_id="second")
+
+
+@pytest.mark.parametrize("distance", ["l2", "inner_product"])
+def test_vectors_that_the_index_cannot_hold_are_refused(database_url, redis_url, distance):
+    with db.connect(database_url, redis_url, distance=distance) as store:
+        result = store.batch_upsert([doc("fits", embedding=[65_504.0, 1.0]), doc("beyond", embedding=[65_505.0, 1.0])])
+        assert counts(result) == {"inserted": 1, "failed": 1}
+        assert result.errors == [
+            ("beyond", "vector has a component beyond ±65504, which its halfvec index cannot hold")
+        ]
+        assert [hit.id for hit in store.search([65_504.0, 1.0])] == ["fits"]
+
+
+def test_a_role_that_may_not_write_is_told_so(store, sql):
+    [(name,)] = sql("SELECT current_database()")
+    role = f"{name}_reader"
+    sql(f"CREATE ROLE {role}")
+    try:
+        sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+        sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET role = {role}")
+        store.pool.drain()
+        with pytest.raises(db.PermissionDeniedError, match="permission denied for table embeddings; grant the role"):
+            store.batch_upsert([doc("a")])
+        assert store.get(["a"]) == []
+    finally:
+        sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET role")
+        sql(f"DROP OWNED BY {role}")
+        sql(f"DROP ROLE {role}")
