@@ -7,9 +7,10 @@ from typing import Any
 
 from psycopg import Connection
 
+from .embedding_model import Model
 from .models import vector_index_name
-from .registry import INDEXED_TABLES, Model
 from .types import Health, IndexReport
+from .vector_index import INDEXED_TABLES
 
 # The rules, in one place. Past `degraded` search is slower or larger than it should be; `critical` means
 # that searches do without the index.

@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     WRITERS = 1  # shared by every write transaction, exclusive to whoever must keep them out
     REGISTRY = 2
     MAINTENANCE = 3
+    INDEX_BUILD = 4
+    BULK_LOAD = 5
 
 
 # One source's sync: the class, and a hash of the source. Sources that share a hash wait for each other.

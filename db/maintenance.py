@@ -13,11 +13,12 @@ from psycopg import errors as pg
 
 from . import vector_cache
 from .config import Settings
+from .embedding_model import Model
 from .engine import Database
 from .index_health import inspect_indexes
 from .locks import Purpose, advisory_lock
-from .registry import INDEXED_TABLES, Model, ensure_vector_index
 from .types import MaintenanceResult, Step, StepProgress
+from .vector_index import ensure_vector_indexes
 
 logger = logging.getLogger("vectorkeep")
 
@@ -145,10 +146,9 @@ class _Run:
             raise _Skipped("every vector index is valid")
         if self.plan.dry_run:
             raise _Skipped(f"dry run: would build the vector index of {', '.join(wanting)}")
-        tables = [table for table in INDEXED_TABLES if table.name in wanting]
-        built = [table.name for table in tables if ensure_vector_index(self.connection, table, self.model)]
+        built = ensure_vector_indexes(self.connection, self.model)
         self.index_built = bool(built)
-        return f"built the vector index of {', '.join(built) or 'no table'}"
+        return f"built {', '.join(built) or 'no index'}"
 
     def rebuild_stale_indexes(self) -> str:
         """REINDEX where more than the threshold of what an index holds is dead. VACUUM alone shrinks no HNSW."""

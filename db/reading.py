@@ -8,12 +8,12 @@ from sqlalchemy import LargeBinary, func, insert, select
 
 from . import vectors
 from .config import Consistency
+from .embedding_model import Model
 from .engine import Database
 from .errors import translated
 from .locks import LOCK_CLASS, Purpose
 from .models import Chunk, Embedding, WriteLog
 from .query_cache import CacheKey, QueryCache
-from .registry import Model
 from .search import Query, Searcher
 from .transactions import LoggedWrite, source_tag, workspace_tag
 from .types import Document, DocumentChunk, SearchResult, StoredHash

@@ -6,33 +6,25 @@ The active model fixes the dimensions and the distance of a store. It is registe
 
 import logging
 import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import psycopg
-from numpy.typing import NDArray
-from psycopg import Connection, sql
+from psycopg import Connection
 from psycopg import errors as pg
-from sqlalchemy import Table
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateIndex
 
 from . import vectors
 from .config import Distance, Settings
+from .embedding_model import Model
 from .engine import Database, connect_directly
 from .errors import DimensionError, PermissionDeniedError, SchemaError, ValidationError
 from .locks import Purpose, advisory_lock
-from .models import MAX_INDEXED_DIMENSIONS, Chunk, Embedding, vector_index, vector_index_name
+from .models import MAX_INDEXED_DIMENSIONS
+from .vector_index import ensure_vector_indexes
 
 logger = logging.getLogger("vectorkeep")
 
 DEFAULT_MODEL_ID = "default"
-INDEXED_TABLES: tuple[Table, ...] = (Embedding.metadata.tables["embeddings"], Chunk.metadata.tables["chunks"])
-
-# A registration that comes with a first write must not wait long behind a stranger's open transaction.
-_INDEX_LOCK_TIMEOUT_MS = 5000
 _REGISTRY_WAIT_S = 60.0
 
 _ACTIVE = "SELECT model_id, dimensions, distance FROM embedding_models WHERE active"
@@ -41,36 +33,6 @@ _REGISTER = """
     SELECT %s, %s, %s, true WHERE NOT EXISTS (SELECT FROM embedding_models WHERE active)
     ON CONFLICT DO NOTHING
 """
-_RECORD_BUILD = """
-    INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms)
-    SELECT %(index)s, %(table)s, greatest(reltuples, 0), pg_relation_size(oid), %(duration_ms)s
-    FROM pg_class WHERE oid = to_regclass(%(index)s)
-"""
-_IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A registered embedding model."""
-
-    model_id: str
-    dimensions: int
-    distance: Distance
-
-    @property
-    def indexed(self) -> bool:
-        """Whether vectors of this many dimensions can be indexed at all."""
-        return self.dimensions <= MAX_INDEXED_DIMENSIONS
-
-    def check(self, vector: NDArray[np.float32]) -> None:
-        """Raise DimensionError or ValidationError where `vector` does not fit this model."""
-        vectors.check_dimensions(vector, self.dimensions)
-        vectors.check_fits(vector, self.distance, indexed=self.indexed)
-
-    def check_query(self, vector: NDArray[np.float32]) -> None:
-        """Raise DimensionError or ValidationError where nothing can be near `vector` under this model."""
-        vectors.check_dimensions(vector, self.dimensions)
-        vectors.check_fits(vector, self.distance, indexed=False)
 
 
 def active_model(connection: Connection[Any]) -> Model | None:
@@ -85,7 +47,8 @@ def register_model(url: str, model_id: str, dimensions: int, distance: Distance)
     """
     settings = Settings(database_url=url)
     with connect_directly(url, settings) as connection:
-        _register(connection, Model(model_id, dimensions, distance))
+        model = _register(connection, Model(model_id, dimensions, distance))
+        ensure_vector_indexes(connection, model)
 
 
 def _register(connection: Connection[Any], model: Model) -> Model:
@@ -98,8 +61,6 @@ def _register(connection: Connection[Any], model: Model) -> Model:
                 raise SchemaError(
                     f"the store's active model is {active}, not {model}; use that model or another database"
                 )
-            for table in INDEXED_TABLES if model.indexed else ():
-                ensure_vector_index(connection, table, model)
     except pg.InsufficientPrivilege as exc:
         raise PermissionDeniedError(
             f"this role may not register the model {model.model_id!r} ({exc.diag.message_primary}); as the "
@@ -109,51 +70,6 @@ def _register(connection: Connection[Any], model: Model) -> Model:
     return model
 
 
-def ensure_vector_index(connection: Connection[Any], table: Table, model: Model) -> bool:
-    """Build the vector index of `table` where there is no valid one. False, with a warning, where it may not.
-
-    Online on a table with rows. Without the index searches are exact, and slower.
-    """
-    name = vector_index_name(table.name)
-    row = connection.execute(_IS_VALID, (name,)).fetchone()
-    if row and row[0]:
-        return True
-    started = time.perf_counter()
-    try:
-        connection.execute(f"SET lock_timeout = {_INDEX_LOCK_TIMEOUT_MS}")
-        if row:  # left invalid by an interrupted build
-            connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
-        connection.execute(_create_index(connection, table, model).encode())
-    except (pg.InsufficientPrivilege, pg.LockNotAvailable) as exc:
-        _drop_invalid(connection, name)
-        logger.warning("vector_index.not_built", extra={"index": name, "reason": str(exc).strip()})
-        return False
-    finally:
-        connection.execute("RESET lock_timeout")
-    duration_ms = (time.perf_counter() - started) * 1000
-    connection.execute(_RECORD_BUILD, {"index": name, "table": table.name, "duration_ms": duration_ms})
-    return True
-
-
-def _create_index(connection: Connection[Any], table: Table, model: Model) -> str:
-    """CREATE INDEX of the vector index: CONCURRENTLY, but for an empty table, where it is instant."""
-    index = vector_index(table, model.dimensions, model.distance)
-    query = sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(table.name))
-    row = connection.execute(query).fetchone()
-    if row and not row[0]:
-        index.dialect_options["postgresql"]["concurrently"] = False
-    return str(CreateIndex(index).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
-
-
-def _drop_invalid(connection: Connection[Any], name: str) -> None:
-    row = connection.execute(_IS_VALID, (name,)).fetchone()
-    if row and not row[0]:
-        try:
-            connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(name)))
-        except psycopg.Error as exc:
-            logger.warning("vector_index.leftover", extra={"index": name, "reason": str(exc).strip()})
-
-
 class StoreModel:
     """The model of an open store: what it was asked to be, and what is registered."""
 
@@ -161,6 +77,7 @@ class StoreModel:
         self._database = database
         self._lock = threading.Lock()
         self._registered: Model | None = None
+        self._deferring = 0
 
     def load(self) -> None:
         """Read the registry and compare it with what was asked for. Raises SchemaError, DimensionError."""
@@ -189,9 +106,20 @@ class StoreModel:
                 model = Model(model_id or self.model_id, settings.dimensions or dimensions, settings.distance)
                 with self._database.maintenance() as connection:
                     registered = active_model(connection) or _register(connection, model)
-                self._check_wanted(registered)
+                    self._check_wanted(registered)
+                    if not self._deferring:
+                        ensure_vector_indexes(connection, registered)
                 self._registered = registered
             return self._registered
+
+    @contextmanager
+    def indexes_deferred(self) -> Iterator[None]:
+        """Inside, registering a model builds no indexes: a bulk load does, at its end."""
+        self._deferring += 1
+        try:
+            yield
+        finally:
+            self._deferring -= 1
 
     def encode(self, value: Any) -> bytes:
         """`value` checked against the model, in binary form; the first vector ever registers the model.

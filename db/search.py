@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from psycopg import Connection, sql
 
 from . import vectors
+from .embedding_model import Model
 from .engine import StoreConnection
 from .errors import ValidationError
 from .filters import Filter
 from .models import vector_expression, vector_index_name
-from .registry import Model
 from .types import Hit, Level, SearchResult
 
 MAX_K = 10_000
@@ -78,7 +78,7 @@ class Searcher:
     """Runs queries for one store, and remembers for some seconds how many rows a filter passes."""
 
     def __init__(self) -> None:
-        self._estimates: OrderedDict[tuple[Any, ...], tuple[float, int, bool]] = OrderedDict()
+        self._estimates: OrderedDict[tuple[Any, ...], tuple[float, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def search(self, connection: StoreConnection, query: Query, model: Model) -> Answer:
@@ -97,29 +97,31 @@ class Searcher:
     def _index_pays(self, connection: Connection[Any], query: Query, model: Model) -> bool:
         if not model.indexed or _too_large_for_half(query.vector, model):
             return False
-        rows, valid = self._estimate(connection, query.table, Filter())
-        if not valid or rows <= _ALWAYS_EXACT_ROWS:
+        if not _has_valid_index(connection, query.table):  # asked each time: a bulk load may have dropped it
+            return False
+        rows = self._estimate(connection, query.table, Filter())
+        if rows <= _ALWAYS_EXACT_ROWS:
             return False
         # `where` is left out: the planner guesses wildly about JSON, and a scan that runs dry is noticed.
         columns = Filter(workspace=query.filter.workspace, source_id=query.filter.source_id)
-        passing, _ = self._estimate(connection, query.table, columns)
+        passing = self._estimate(connection, query.table, columns)
         return passing**2 > _VISIT_TO_COMPARE * query.candidates * rows
 
-    def _estimate(self, connection: Connection[Any], table: str, columns: Filter) -> tuple[int, bool]:
-        """The planner's estimate of the rows that pass, and whether the vector index is valid."""
+    def _estimate(self, connection: Connection[Any], table: str, columns: Filter) -> int:
+        """The planner's estimate of the rows that pass, at most some seconds old."""
         key = (table, columns.workspace, columns.source_id)
         now = time.monotonic()
         with self._lock:
             known = self._estimates.get(key)
             if known is not None and now - known[0] < _ESTIMATE_TTL_S:
-                return known[1], known[2]
-        rows, valid = _planned_rows(connection, table, columns), _has_valid_index(connection, table)
+                return known[1]
+        rows = _planned_rows(connection, table, columns)
         with self._lock:
-            self._estimates[key] = (now, rows, valid)
+            self._estimates[key] = (now, rows)
             self._estimates.move_to_end(key)
             while len(self._estimates) > _MAX_ESTIMATES:
                 self._estimates.popitem(last=False)
-        return rows, valid
+        return rows
 
 
 def _planned_rows(connection: Connection[Any], table: str, columns: Filter) -> int:
@@ -173,7 +175,8 @@ def _statement(
     operator = _OPERATOR[model.distance]
     full = sql.SQL("l2_normalize(target.embedding)") if model.distance == "cosine" else sql.SQL("target.embedding")
     distance = sql.SQL("({} {} %s::vector)").format(full, operator)
-    order, order_values = sql.SQL("distance"), []
+    order: sql.Composable = sql.SQL("distance, target.id")
+    order_values = []
     if not exact:
         expression = sql.SQL(vector_expression(model.dimensions, model.distance, "target.embedding"))
         half = sql.SQL("halfvec({})").format(sql.Literal(model.dimensions))

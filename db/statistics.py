@@ -8,10 +8,10 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy import text as sql
 from sqlalchemy.dialects.postgresql import array
 
+from .embedding_model import Model
 from .engine import Database
 from .index_health import inspect_indexes, overall
 from .models import Base, Chunk, Embedding, PerformanceMetric
-from .registry import Model
 from .types import Diagnostics, IndexReport, Performance, Statistics
 
 _WINDOW = timedelta(days=7)

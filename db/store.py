@@ -16,11 +16,12 @@ import redis
 import sqlalchemy
 from numpy.typing import NDArray
 
-from . import deletion, embedded, maintenance, migrate, orphans, reading, statistics, vectors
+from . import bulk_load, deletion, embedded, maintenance, migrate, orphans, reading, statistics, vectors
 from .chunking import Chunker
 from .config import Consistency, Distance, Settings
 from .documents import check_key
 from .embedding import TextEmbedder
+from .embedding_model import Model
 from .engine import Database, connect_directly, require_versions
 from .errors import (
     ClosedError,
@@ -34,7 +35,7 @@ from .filters import Filter
 from .ingestion import Ingestion
 from .metrics import MetricsRecorder, Operation
 from .query_cache import QueryCache
-from .registry import Model, StoreModel
+from .registry import StoreModel
 from .search import Query, Searcher
 from .sync import SourceSync
 from .tally import Tally, total_of
@@ -210,7 +211,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         _check_batch_size(batch_size)
         tally = Tally(total_of(documents), on_progress)
         with self._metrics.measure("batch_upsert") as operation:
-            self._ingestion().upsert(documents, batch_size, tally)
+            with bulk_load.automatic(self._database, self._model, tally.total):
+                self._ingestion().upsert(documents, batch_size, tally)
             operation.counts = _counts(tally, "inserted", "updated", "unchanged", "superseded", "failed")
         return UpsertResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
@@ -232,7 +234,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         texts = self._text_embedder(embedder)
         tally = Tally(total_of(items), on_progress)
         with self._metrics.measure("embed_batch") as operation:
-            self._ingestion().embed(items, texts, batch_size, tally)
+            with bulk_load.automatic(self._database, self._model, tally.total):
+                self._ingestion().embed(items, texts, batch_size, tally)
             operation.counts = _embed_counts(tally, texts, deleted=0)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
@@ -265,6 +268,17 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             )
             operation.counts = _embed_counts(tally, texts, deleted)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
+
+    @contextmanager
+    def bulk_load(self) -> Iterator[None]:
+        """Inside, rows are written without vector indexes; at the end they are built, online and in parallel.
+
+        Searches go on and compare all rows meanwhile. Large writes into an empty store do this by themselves.
+        Raises BusyError where another bulk load runs.
+        """
+        self._check_open()
+        with translated(), bulk_load.bulk_load(self._database, self._model):
+            yield
 
     @_call
     def delete(self, ids: Sequence[str]) -> DeleteResult:

@@ -24,7 +24,7 @@ class Tally:
     def __init__(self, total: int | None, on_progress: Progress | None) -> None:
         self._counts: Counter[str] = Counter()
         self._outcomes: dict[str, Outcome] = {}
-        self._total = total
+        self.total = total
         self._on_progress = on_progress
         self._lock = threading.Lock()
         self.errors: list[tuple[str, str]] = []
@@ -64,7 +64,7 @@ class Tally:
         """Note that `inputs` more are done, and tell the caller."""
         self.processed += inputs
         if self._on_progress is not None:
-            self._on_progress(self.processed, self._total)
+            self._on_progress(self.processed, self.total)
 
 
 def total_of(inputs: Any) -> int | None:

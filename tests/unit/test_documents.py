@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from db import vectors
 from db.documents import MAX_KEY_BYTES, as_document, as_item, canonical_metadata, hash_item, prepare
 from db.errors import DimensionError, ValidationError
-from db.registry import Model
+from db.embedding_model import Model
 from db.types import Document, DocumentChunk, Item
 
 

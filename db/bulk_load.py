@@ -1,0 +1,79 @@
+"""Bulk loads: rows first, the vector index after. With a live HNSW index every new row costs a search of its own.
+
+Who loads holds a session lock. While it is held searches compare all rows, and say so; when the load ends the
+indexes are built online. A loader that dies leaves no lock and a missing index: the next large write, or
+`maintain`, builds it.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from psycopg import Connection
+from psycopg import errors as pg
+from sqlalchemy import Table
+
+from .engine import Database
+from .errors import BusyError
+from .locks import Purpose, advisory_lock
+from .registry import StoreModel
+from .vector_index import INDEXED_TABLES, drop_vector_indexes, ensure_vector_indexes
+
+# Fewer inputs than this are written beside a live index: building one anew would cost more.
+AUTO_MIN_INPUTS = 1000
+
+# A table that is empty, or whose index an interrupted load left missing; NULL where the role may not build.
+_LOADABLE = """
+    SELECT NOT EXISTS (SELECT FROM embeddings) OR NOT EXISTS (SELECT FROM pg_index
+               WHERE indexrelid = to_regclass('embeddings_vector_idx') AND indisvalid),
+           NOT EXISTS (SELECT FROM chunks) OR NOT EXISTS (SELECT FROM pg_index
+               WHERE indexrelid = to_regclass('chunks_vector_idx') AND indisvalid)
+    WHERE (SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
+           WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass))
+"""
+
+
+@contextmanager
+def bulk_load(database: Database, model: StoreModel) -> Iterator[None]:
+    """Load without vector indexes, whatever the tables hold, and build them at the end, also where the block raises.
+
+    Raises BusyError where another load runs.
+    """
+    with database.maintenance() as connection, _loading(connection, model, INDEXED_TABLES):
+        yield
+
+
+@contextmanager
+def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iterator[None]:
+    """A bulk load where it pays and harms nobody: many inputs or an unknown number of them, and no index in use yet.
+
+    That is an empty table, where the index is dropped, and one whose index is missing. An index that serves
+    searches is never dropped here.
+    """
+    with ExitStack() as stack:
+        if inputs is None or inputs >= AUTO_MIN_INPUTS:
+            tables = _loadable_tables(database)
+            if tables:
+                connection = stack.enter_context(database.maintenance())
+                # Where another load runs, or a stranger holds the table, rows are written beside the index.
+                with suppress(BusyError, pg.LockNotAvailable):
+                    stack.enter_context(_loading(connection, model, tables))
+        yield
+
+
+@contextmanager
+def _loading(connection: Connection[Any], model: StoreModel, tables: tuple[Table, ...]) -> Iterator[None]:
+    with advisory_lock(connection, Purpose.BULK_LOAD, wait_s=0):
+        drop_vector_indexes(connection, tables)
+        try:
+            with model.indexes_deferred():
+                yield
+        finally:
+            if model.registered is not None and not connection.closed:
+                ensure_vector_indexes(connection, model.registered)
+
+
+def _loadable_tables(database: Database) -> tuple[Table, ...]:
+    with database.connection() as connection:
+        row = connection.execute(_LOADABLE).fetchone()
+    return tuple(table for table, loadable in zip(INDEXED_TABLES, row or (), strict=False) if loadable)

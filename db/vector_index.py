@@ -1,0 +1,173 @@
+"""Building the vector indexes: online, safe to run again after a crash, with memory enough where that is known."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import Connection, sql
+from psycopg import errors as pg
+from sqlalchemy import Table
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex
+
+from .embedding_model import Model
+from .locks import Purpose, advisory_lock
+from .models import Chunk, Embedding, vector_index, vector_index_name
+
+logger = logging.getLogger("vectorkeep")
+
+INDEXED_TABLES: tuple[Table, ...] = (Embedding.metadata.tables["embeddings"], Chunk.metadata.tables["chunks"])
+
+# Whoever builds waits this long for another session's lock, and this long for another builder of ours.
+_LOCK_TIMEOUT_MS = 5000
+_BUILDER_WAIT_S = 3600.0
+
+# What a row takes while HNSW is built with m = 16: 32 neighbours of 16 bytes and the element itself.
+_BYTES_PER_ELEMENT = 750
+_MIN_BUILD_MB = 64
+_MAX_BUILD_MB = 1024
+
+_IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
+_COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")
+_RECORD_BUILD = """
+    INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms)
+    VALUES (%(index)s, %(table)s, %(rows)s, pg_relation_size(to_regclass(%(index)s)), %(duration_ms)s)
+"""
+
+
+def ensure_vector_indexes(
+    connection: Connection[Any], model: Model, tables: Iterable[Table] = INDEXED_TABLES
+) -> list[str]:
+    """Build the vector indexes that are missing or invalid, on a maintenance connection. Returns their names.
+
+    Online on a table with rows. Where the role may not, or another session holds the table for long, a warning
+    is logged and searches stay exact.
+    """
+    built = []
+    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=_BUILDER_WAIT_S):
+        for table in tables if model.indexed else ():
+            if not _is_valid(connection, table) and _try_build(connection, table, model):
+                built.append(vector_index_name(table.name))
+    return built
+
+
+def drop_vector_indexes(connection: Connection[Any], tables: Iterable[Table]) -> None:
+    """Drop the vector indexes of `tables`; from then on searches compare all rows."""
+    with _lock_timeout(connection):
+        for table in tables:
+            name = sql.Identifier(vector_index_name(table.name))
+            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(name))
+
+
+def missing_indexes(connection: Connection[Any]) -> list[Table]:
+    """The tables whose vector index is missing or invalid."""
+    return [table for table in INDEXED_TABLES if not _is_valid(connection, table)]
+
+
+def _is_valid(connection: Connection[Any], table: Table) -> bool:
+    row = connection.execute(_IS_VALID, (vector_index_name(table.name),)).fetchone()
+    return bool(row and row[0])
+
+
+def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
+    name = vector_index_name(table.name)
+    identifier = sql.Identifier(name)
+    started = time.perf_counter()
+    [(rows,)] = connection.execute(_COUNT_VECTORS.format(sql.Identifier(table.name))).fetchall()
+    try:
+        with _lock_timeout(connection):
+            # An interrupted build leaves an invalid index behind.
+            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(identifier))
+            _build(connection, table, model, rows)
+    except (pg.InsufficientPrivilege, pg.LockNotAvailable) as exc:
+        _drop_leftover(connection, name)
+        logger.warning("vector_index.not_built", extra={"index": name, "reason": str(exc).strip()})
+        return False
+    duration_ms = (time.perf_counter() - started) * 1000
+    record = {"index": name, "table": table.name, "rows": rows, "duration_ms": duration_ms}
+    connection.execute(_RECORD_BUILD, record)
+    logger.info("vector_index.built", extra=record)
+    return True
+
+
+def _build(connection: Connection[Any], table: Table, model: Model, rows: int) -> None:
+    statement = _create_index(table, model, concurrently=rows > 0)
+    with _build_memory(connection, model, rows), _spill_notices(connection, model, rows):
+        try:
+            connection.execute(statement.encode())
+        except pg.DiskFull:
+            # A parallel build keeps the graph in shared memory, which containers limit to 64 MB.
+            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(vector_index_name(table.name))))
+            connection.execute("SET max_parallel_maintenance_workers = 0")
+            connection.execute(statement.encode())
+
+
+def _create_index(table: Table, model: Model, *, concurrently: bool) -> str:
+    """CREATE INDEX of the vector index: CONCURRENTLY, but for an empty table, where it is instant."""
+    index = vector_index(table, model.dimensions, model.distance)
+    index.dialect_options["postgresql"]["concurrently"] = concurrently
+    return str(CreateIndex(index).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+
+
+def build_memory_mb(model: Model, rows: int) -> int:
+    """Memory in which the graph of `rows` vectors fits, from pgvector's in-memory layout."""
+    return _MIN_BUILD_MB + rows * (2 * model.dimensions + _BYTES_PER_ELEMENT) // 1024**2
+
+
+@contextmanager
+def _build_memory(connection: Connection[Any], model: Model, rows: int) -> Iterator[None]:
+    """Give the build what it needs, up to 1 GB; never less than the server's own setting."""
+    wanted = min(build_memory_mb(model, rows), _MAX_BUILD_MB)
+    connection.execute(
+        "SELECT set_config('maintenance_work_mem', greatest(%s, setting::bigint) || 'kB', false) "
+        "FROM pg_settings WHERE name = 'maintenance_work_mem'",
+        (wanted * 1024,),
+    )
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            connection.execute("RESET maintenance_work_mem")
+            connection.execute("RESET max_parallel_maintenance_workers")
+
+
+@contextmanager
+def _spill_notices(connection: Connection[Any], model: Model, rows: int) -> Iterator[None]:
+    """Warn, with the figure that would fit, where the server says that the graph outgrew its memory."""
+    needed = build_memory_mb(model, rows)
+
+    def note(diagnostic: psycopg.errors.Diagnostic) -> None:
+        extra = {"notice": diagnostic.message_primary, "maintenance_work_mem_needed_mb": needed}
+        logger.warning("vector_index.build_outgrew_memory", extra=extra)
+
+    connection.execute("SET client_min_messages = notice")
+    connection.add_notice_handler(note)
+    try:
+        yield
+    finally:
+        connection.remove_notice_handler(note)
+        if not connection.closed:
+            connection.execute("SET client_min_messages = warning")
+
+
+@contextmanager
+def _lock_timeout(connection: Connection[Any]) -> Iterator[None]:
+    """Do not queue for long behind another session's lock: others would queue behind us."""
+    connection.execute(f"SET lock_timeout = {_LOCK_TIMEOUT_MS}")
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            connection.execute("RESET lock_timeout")
+
+
+def _drop_leftover(connection: Connection[Any], name: str) -> None:
+    row = connection.execute(_IS_VALID, (name,)).fetchone()
+    if row and not row[0]:
+        try:
+            connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(name)))
+        except psycopg.Error as exc:
+            logger.warning("vector_index.leftover", extra={"index": name, "reason": str(exc).strip()})
