@@ -10,11 +10,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.config import fileConfig
+from typing import Any
 
 import psycopg
 import sqlalchemy
 from alembic.util import CommandError
+from pgvector.sqlalchemy import VECTOR
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.types import TypeEngine
 
 from alembic import context
 from db.config import Settings, libpq_url
@@ -112,7 +115,7 @@ def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
             connection=connection,
             target_metadata=Base.metadata,
             transaction_per_migration=True,
-            compare_type=True,
+            compare_type=differs_in_type,
             compare_server_default=True,
             include_name=include_name,
         )
@@ -125,7 +128,12 @@ def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
             with context.begin_transaction():
                 context.run_migrations()
     except (sqlalchemy.exc.DBAPIError, psycopg.Error) as exc:
-        ours = explained(exc, lock_timeout_s=lock_timeout_s, blockers=watch.seen if watch else "")
+        ours = explained(
+            exc,
+            lambda query: connection.exec_driver_sql(query).one(),
+            lock_timeout_s=lock_timeout_s,
+            blockers=watch.seen if watch else "",
+        )
         if ours is None:
             raise
         raise ours from exc
@@ -143,6 +151,18 @@ def include_name(name: str | None, kind: str, _parents: object) -> bool:
     if kind == "index" and name in VECTOR_INDEXES:
         return not fits_registered_model(context.get_context().connection, name)
     return True
+
+
+def differs_in_type(
+    _context: object, _column: object, _model: object, actual: TypeEngine[Any], wanted: TypeEngine[Any]
+) -> bool | None:
+    """Whether a vector column has other dimensions than the model's; None leaves it to Alembic.
+
+    Alembic takes vector(8) for vector: it compares lengths only where both have one.
+    """
+    if isinstance(wanted, VECTOR):
+        return not isinstance(actual, VECTOR) or actual.dim != wanted.dim
+    return None
 
 
 def fits_registered_model(connection: Connection, index_name: str) -> bool:

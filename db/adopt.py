@@ -4,10 +4,12 @@ The tables are brought to the shape of the first revision in one transaction, in
 them; a failure leaves everything as it was. From there the migrations do what they do for everybody.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
-from psycopg import errors as pg
+from psycopg import Connection
 
 from .adopt_tables import Adoption
 from .config import Distance, Settings, libpq_url, session_conninfo
@@ -56,16 +58,19 @@ def adopt(url: str, *, model_id: str, dimensions: int | None = None, distance: D
             with connection.transaction():
                 adoption.run(lock_timeout_s=settings.lock_timeout_s)
         except psycopg.Error as exc:
-            raise _refused(exc, settings.lock_timeout_s, watch.seen) from exc
+            raise _refused(exc, connection, settings.lock_timeout_s, watch.seen) from exc
     upgrade(url, lock_timeout_s=settings.lock_timeout_s)
     register_model(url, model_id, adoption.dimensions, distance)
     adoption.details.append(f"migrated to head, model {model_id!r} registered")
     return AdoptResult(adoption.documents, adoption.chunks, adoption.dimensions, model_id, adoption.details)
 
 
-def _refused(exc: psycopg.Error, lock_timeout_s: float, blockers: str) -> Exception:
-    if isinstance(exc, pg.LockNotAvailable | psycopg.OperationalError | pg.InsufficientPrivilege):
-        return explained(exc, lock_timeout_s=lock_timeout_s, blockers=blockers) or exc
+def _refused(exc: psycopg.Error, connection: Connection[Any], lock_timeout_s: float, blockers: str) -> Exception:
+    def fetch(query: str) -> Sequence[Any]:
+        return connection.execute(query.encode()).fetchone() or ()
+
+    if ours := explained(exc, fetch, lock_timeout_s=lock_timeout_s, blockers=blockers):
+        return ours
     detail = f" ({exc.diag.message_detail})" if exc.diag.message_detail else ""
     return SchemaError(
         f"the tables cannot be adopted as they are: {exc.diag.message_primary}{detail}; nothing was changed"

@@ -12,7 +12,6 @@ from .adopt_columns import CHUNKS, EMBEDDINGS, IN_THE_WAY, Column, Present, conv
 from .config import Distance
 from .errors import SchemaError, ValidationError
 from .migrate import alembic_config
-from .migration_session import extension_refused
 from .models import MAX_INDEXED_DIMENSIONS
 
 SEED = "0001"
@@ -105,7 +104,7 @@ class Adoption:
     def run(self, *, lock_timeout_s: float) -> None:
         self.execute(SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(round(lock_timeout_s * 1000))))
         self.check_can_be_adopted()
-        self.create_extension()
+        self.execute("CREATE EXTENSION IF NOT EXISTS vector")
         seed = _seed_revision()
         self.make_missing_tables(seed)
         self.execute("LOCK TABLE embeddings, chunks IN ACCESS EXCLUSIVE MODE")
@@ -159,14 +158,6 @@ class Adoption:
             raise SchemaError(
                 f"table {table!r} has no column {', '.join(missing)}; found: {', '.join(sorted(present))}"
             )
-
-    def create_extension(self) -> None:
-        row = self.execute("SELECT current_database(), current_user").fetchone()
-        database, role = row or ("", "")
-        try:
-            self.execute("CREATE EXTENSION IF NOT EXISTS vector")
-        except psycopg.Error as exc:
-            raise extension_refused(exc, database, role) from exc
 
     def make_missing_tables(self, seed: ModuleType) -> None:
         if self.exists("performance_metrics"):
@@ -288,7 +279,8 @@ class Adoption:
         for name, column in present.items():
             if name not in ours and column.must_be_given:
                 self.details.append(
-                    f"your column {table}.{name} is NOT NULL without a default: give it one, or the store cannot add rows"
+                    f"your column {table}.{name} is NOT NULL without a default: "
+                    "give it one, or the store cannot add rows"
                 )
 
     def ensure_primary_key(self, table: str) -> None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -13,12 +13,13 @@ from psycopg import errors as pg
 from sqlalchemy import Connection, text
 
 from .config import Settings, session_conninfo
-from .errors import BusyError, SchemaError, VectorKeepError, from_driver
+from .errors import BusyError, PermissionDeniedError, SchemaError, VectorKeepError, from_driver
 from .locks import LOCK_CLASS
 
 logger = logging.getLogger("vectorkeep")
 
 OnWait = Callable[[str], None]
+Fetch = Callable[[str], Sequence[Any]]
 
 _LOCK_KEY = {"class": LOCK_CLASS, "purpose": 0x6462}  # "db"
 _LOCK_POLL_S = 0.1
@@ -41,6 +42,13 @@ _LOCK_HOLDER = text(f"""
           AND classid = CAST(:class AS oid) AND objid = CAST(:purpose AS oid))
 """)  # noqa: S608  (constants)
 _BLOCKERS = f"SELECT {_SESSION} FROM pg_stat_activity WHERE pid = ANY (pg_blocking_pids(%s))"  # noqa: S608
+
+_RIGHTS = """
+    SELECT quote_ident(current_user), quote_ident(current_database()), quote_ident(current_schema()),
+        EXISTS (SELECT FROM pg_extension WHERE extname = 'vector'),
+        EXISTS (SELECT FROM pg_available_extensions WHERE name = 'vector'),
+        has_schema_privilege(current_schema(), 'CREATE')
+"""
 
 
 def direct_engine(url: str, settings: Settings) -> sqlalchemy.Engine:
@@ -161,32 +169,37 @@ class BlockerWatch:
             _tell(self._on_wait, f"waiting for a lock of {self.seen}")
 
 
-def extension_refused(exc: BaseException | None, database: str, role: str) -> Exception:
-    """What a person can do where CREATE EXTENSION vector failed with `exc`; `exc` itself where unknown."""
-    command = f"psql -d {database} -c 'CREATE EXTENSION vector'"
-    match exc:
-        case pg.InsufficientPrivilege():
-            return SchemaError(
-                f"the database has no extension 'vector' and the role {role!r} may not create it; "
-                f"as a superuser, or as the owner of the database, run: {command}"
-            )
-        case pg.FeatureNotSupported() | pg.UndefinedFile():
-            return SchemaError(
-                "pgvector is not installed on the database server; install its package there (Debian: "
-                "postgresql-NN-pgvector; container: the image pgvector/pgvector), then, as a superuser, "
-                f"run: {command}"
-            )
-        case Exception():
-            return exc
-    return SchemaError("CREATE EXTENSION vector failed")
+def refused(exc: psycopg.Error, fetch: Fetch) -> VectorKeepError | None:
+    """What a person can do about an extension that is missing or a right that is lacking, or None.
+
+    `fetch` runs a query on the same database, outside the transaction that failed, and returns its one row.
+    """
+    if not isinstance(exc, pg.InsufficientPrivilege | pg.FeatureNotSupported | pg.UndefinedFile):
+        return None
+    role, database, schema, extended, installed, may_create = fetch(_RIGHTS)
+    if not (extended or installed):
+        return SchemaError(
+            "pgvector is not installed on the database server; install its package there (Debian: "
+            "postgresql-NN-pgvector; container: the image pgvector/pgvector), then, as a superuser, run: "
+            f"psql -d {database} -c 'CREATE EXTENSION vector'"
+        )
+    if not isinstance(exc, pg.InsufficientPrivilege):
+        return None
+    lacking = [] if extended else ["CREATE EXTENSION vector"]
+    lacking += [] if may_create else [f"GRANT CREATE ON SCHEMA {schema} TO {role}"]
+    if not lacking:
+        return None
+    message = (
+        f"{exc.diag.message_primary} (role {role!r}, database {database!r}); as a superuser, or as the owner "
+        f"of the database, run: psql -d {database} " + " ".join(f"-c '{command}'" for command in lacking)
+    )
+    return PermissionDeniedError(message) if extended else SchemaError(message)
 
 
-def explained(exc: BaseException, *, lock_timeout_s: float, blockers: str) -> VectorKeepError | None:
+def explained(exc: BaseException, fetch: Fetch, *, lock_timeout_s: float, blockers: str) -> VectorKeepError | None:
     """The error of ours that says what to do about a migration that failed with `exc`, or None."""
     cause = exc.orig if isinstance(exc, sqlalchemy.exc.DBAPIError) else exc
     match cause:
-        case VectorKeepError():
-            return None
         case pg.LockNotAvailable():
             return BusyError(
                 f"waited {lock_timeout_s:g} s for a lock of {blockers or 'another session'}; run the migration "
@@ -198,4 +211,6 @@ def explained(exc: BaseException, *, lock_timeout_s: float, blockers: str) -> Ve
                 f"{cause.diag.message_primary}, and vectorkeep did not make it; 'vectorkeep migrate --adopt' "
                 "takes over plain tables, or use another database"
             )
+        case psycopg.Error() if ours := refused(cause, fetch):
+            return ours
     return from_driver(exc)

@@ -4,10 +4,7 @@ Revision ID: 0001
 Revises:
 """
 
-from sqlalchemy.exc import DBAPIError
-
-from alembic import context, op
-from db.migration_session import extension_refused
+from alembic import op
 
 revision = "0001"
 down_revision = None
@@ -63,23 +60,11 @@ INDEXES = {
 
 
 def upgrade() -> None:
-    create_extension()
+    op.execute("CREATE EXTENSION IF NOT EXISTS vector")
     for table in TABLES.values():
         op.execute(table)
     for name, definition in INDEXES.items():
         op.execute(f"CREATE INDEX {name} {definition}")
-
-
-def create_extension() -> None:
-    """CREATE EXTENSION vector. Raises SchemaError that says who has to run what."""
-    if context.is_offline_mode():
-        op.execute("CREATE EXTENSION IF NOT EXISTS vector")
-        return
-    database, role = op.get_bind().exec_driver_sql("SELECT current_database(), current_user").one()
-    try:
-        op.execute("CREATE EXTENSION IF NOT EXISTS vector")
-    except DBAPIError as exc:
-        raise extension_refused(exc.orig, database, role) from exc
 
 
 def downgrade() -> None:
