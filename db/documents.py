@@ -44,6 +44,9 @@ class HashedItem:
     text_hash: bytes
     content_hash: bytes
 
+    def follow(self, earlier: Any) -> None:
+        """Take the place of an `earlier` version. An item says all there is to say."""
+
 
 @dataclass(slots=True)
 class PreparedDocument(HashedItem):
@@ -56,6 +59,15 @@ class PreparedDocument(HashedItem):
     chunks_hash: bytes | None
     created_at: datetime | None = None
     updated_at: datetime | None = None
+
+    def follow(self, earlier: "PreparedDocument") -> None:
+        """Take the place of an `earlier` version: parts that are absent here stay, as if that one were stored."""
+        if not self.vector_given:
+            self.vector_given = earlier.vector_given
+            self.vector, self.vector_hash = earlier.vector, earlier.vector_hash
+        if self.chunks is None:
+            self.chunks, self.chunks_hash = earlier.chunks, earlier.chunks_hash
+        self.created_at = self.created_at or earlier.created_at
 
 
 class VectorCodec(Protocol):

@@ -168,7 +168,8 @@ def _checked(batch: Sequence[Any], check: Callable[[Any], H], tally: Tally) -> l
         except ValidationError as exc:
             tally.fail(_id_of(given), str(exc))
             continue
-        if valid.pop(checked.id, None) is not None:
+        if (earlier := valid.pop(checked.id, None)) is not None:
+            checked.follow(earlier)
             tally.supersede()
         valid[checked.id] = checked
     return list(valid.values())

@@ -1,5 +1,7 @@
 """Documents and their chunks: written together, moved together, and what a deletion detached found again."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 from db import Document, DocumentChunk
@@ -26,6 +28,7 @@ def texts(store, id_):
     return [chunk.text for chunk in document.chunks]
 
 
+OLD = datetime(2001, 2, 3, tzinfo=UTC)
 THREE = [{"text": "zero"}, {"text": "one", "embedding": vector(1)}, {"text": "two", "metadata": {"page": 2}}]
 
 
@@ -203,3 +206,17 @@ def test_writing_works_under_row_level_security(store, sql):
         sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET role")
         sql(f"DROP OWNED BY {role}")
         sql(f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_parts_that_the_last_version_leaves_out_stay_from_the_one_before(store, batch_size):
+    versions = [
+        doc("a", "1", embedding=vector(1), chunks=THREE, created_at=OLD),
+        doc("a", "2"),
+        doc("a", "3", embedding=vector(3)),
+        doc("a", "4"),
+    ]
+    assert counts(store.batch_upsert(versions, batch_size=batch_size)) == {"inserted": 1, "superseded": 3}
+    [stored] = store.get(["a"])
+    assert (stored.text, stored.embedding.tolist(), stored.created_at) == ("4", vector(3), OLD)
+    assert texts(store, "a") == ["zero", "one", "two"]
