@@ -13,6 +13,8 @@ from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec
 
 import typer
 
+from db.config import Settings, redacted
+
 from .exit_codes import ExitCode, as_error_of_ours, exit_code_of
 from .output import Output, OutputClosed, log_to_stderr
 
@@ -98,23 +100,34 @@ def _run(options: Common, work: Callable[[Cli], ExitCode | None]) -> ExitCode:
     except Exception as exc:  # noqa: BLE001  (the outermost place: told, never swallowed)
         if debug:
             traceback.print_exc()
-        return _tell(exc, output)
+        return _tell(exc, options, output)
 
 
-def _tell(exc: Exception, output: Output) -> ExitCode:
+def _tell(exc: Exception, options: Common, output: Output) -> ExitCode:
     """Say what went wrong: a line on stderr, and with --json the document on stdout."""
     error = as_error_of_ours(exc)
     if error is not None:
         code, message, kind = exit_code_of(error), str(error), type(error).__name__
+        if code == ExitCode.UNAVAILABLE:
+            message += f"; tried {_location(options)}, see --database-url"
     else:
         code, kind = ExitCode.DEFECT, type(exc).__name__
         message = f"defect: {kind}: {exc}; please report it with what --debug shows"
-    output.complain(" ".join(message.split()))
+    message = " ".join(message.split())
+    output.complain(message)
     try:
         output.document({"error": {"kind": kind, "message": message, "exit_code": int(code)}})
     except OutputClosed:
         _close_stdout()
     return code
+
+
+def _location(options: Common) -> str:
+    """Where the command works, without a password."""
+    given = {} if options.database_url is None else {"database_url": options.database_url}
+    settings = Settings.load(given)
+    url = settings.postgres_url()
+    return redacted(url) if url else f"the embedded server in {settings.home}"
 
 
 def _close_stdout() -> ExitCode:

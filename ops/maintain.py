@@ -22,14 +22,14 @@ def maintain(
     Removes what is past its time, builds missing indexes, vacuums where dead rows ask for it. Steps are
     independent: one that fails is reported, and the others run. One process at a time.
     """
-    with open_store(cli.options) as store:
+    with open_store(cli.options) as store, cli.output.steps() as on_progress:
         result = store.maintain(
             dry_run=dry_run,
             retention_days=retention_days,
             skip_compaction=skip_compaction,
             skip_index=skip_index,
             skip_cleanup=skip_cleanup,
-            on_progress=lambda step, details: cli.output.say(f"{step}: {details}" if details else step),
+            on_progress=on_progress,
         )
     cli.output.document(result)
     cli.output.rows(

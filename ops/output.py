@@ -5,6 +5,7 @@ Results are tables on a terminal, `key: value` and tab-separated lines in a pipe
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import db
 
 Advance = Callable[[int, int | None], None]
 
+_RULERS = re.compile(r"[=*~^#_`+.-]{4,}")
 _NO_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
@@ -64,9 +66,11 @@ class Output:
         if not self.on_terminal:
             self._write("".join("\t".join(shown(value) for value in row) + "\n" for row in rows))
             return
-        table = Table(*columns, header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for number, column in enumerate(columns):
+            table.add_column(column, no_wrap=number == 0)
         for row in rows:
-            table.add_row(*(Text(shown(value), overflow="fold") for value in row))
+            table.add_row(*(Text(shown(value)) for value in row))
         self._stdout.print(table)
 
     def line(self, text: str, style: str = "") -> None:
@@ -99,12 +103,28 @@ class Output:
     @contextmanager
     def progress(self, what: str, total: int | None = None) -> Iterator[Advance]:
         """A bar while something runs, on a terminal only. Yields `on_progress(processed, total)`."""
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
         visible = self._stderr.is_terminal and not self.quiet
         bar = Progress(*columns, TimeElapsedColumn(), console=self._stderr, transient=True, disable=not visible)
         with bar:
             task = bar.add_task(what, total=total)
             yield lambda done, of: bar.update(task, completed=done, total=total if of is None else of)
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[str, str | None], None]]:
+        """The name of the running step, on a terminal only. Yields `on_progress(step, details)`."""
+        visible = self._stderr.is_terminal and not self.quiet
+        line = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=self._stderr,
+            transient=True,
+            disable=not visible,
+        )
+        with line:
+            task = line.add_task("starting", total=None)
+            yield lambda step, details: line.update(task, description=f"{step}: {details}" if details else step)
 
 
 def to_json(value: Any, *, indented: bool = False) -> str:
@@ -128,7 +148,7 @@ def shown(value: Any) -> str:
         return f"{value:.3f}"
     if isinstance(value, list | tuple):
         return ", ".join(shown(item) for item in value) or "-"
-    return printable(str(value))
+    return printable(str(value)) or "-"
 
 
 def printable(text: str) -> str:
@@ -137,8 +157,8 @@ def printable(text: str) -> str:
 
 
 def excerpt(text: str, length: int = 100) -> str:
-    """The beginning of `text` on one line, at most `length` characters."""
-    line = " ".join(printable(text[: 4 * length]).split())
+    """The beginning of `text` on one line, at most `length` characters, without underlines and rulers."""
+    line = " ".join(_RULERS.sub("", printable(text[: 4 * length])).split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
 
 
@@ -158,3 +178,5 @@ def log_to_stderr(level: int) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("vectorkeep", db.__name__):
         logging.getLogger(name).setLevel(level)
+    # The pool tells of each connection that an interrupted command leaves behind.
+    logging.getLogger("psycopg.pool").setLevel(max(level, logging.ERROR) if level > logging.INFO else level)
