@@ -1,9 +1,7 @@
 """The face of the library: `connect` opens a store, and every call of it begins here."""
 
-import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
@@ -16,13 +14,12 @@ import redis
 import sqlalchemy
 from numpy.typing import NDArray
 
-from . import bulk_load, deletion, embedded, maintenance, migrate, orphans, reading, statistics, vectors
+from . import bulk_load, deletion, maintenance, migrate, orphans, reading, statistics, vectors
 from .chunking import Chunker
 from .config import Consistency, Distance, Settings
 from .documents import check_key
 from .embedding import TextEmbedder
 from .embedding_model import Model
-from .engine import Database, connect_directly, require_versions
 from .errors import (
     ClosedError,
     MaintenanceIncomplete,
@@ -33,10 +30,9 @@ from .errors import (
 )
 from .filters import Filter
 from .ingestion import Ingestion
-from .metrics import MetricsRecorder, Operation
-from .query_cache import QueryCache
-from .registry import StoreModel
-from .search import Query, Searcher
+from .metrics import Operation
+from .opening import OpenParts
+from .search import Query
 from .sync import SourceSync
 from .tally import Tally, total_of
 from .transactions import LoggedWrite, bounded_tags, retried, run_write, source_tag, workspace_tag
@@ -58,8 +54,6 @@ from .types import (
     UpsertResult,
     Vector,
 )
-
-logger = logging.getLogger("vectorkeep")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -111,7 +105,7 @@ def connect(
     chosen |= {name: value for name, (value, default) in defaulted.items() if value != default}
     loaded = Settings.load({**chosen, **settings})
     with translated():
-        return VectorStore(loaded, embedder)
+        return VectorStore(OpenParts(loaded), embedder)
 
 
 def _call(method: Callable[Concatenate["VectorStore", P], R]) -> Callable[Concatenate["VectorStore", P], R]:
@@ -137,61 +131,21 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     pool: psycopg_pool.ConnectionPool[Any]
     cache_client: redis.Redis | None
 
-    def __init__(self, settings: Settings, embedder: Embedder | None) -> None:
-        self._settings = settings
+    def __init__(self, parts: OpenParts, embedder: Embedder | None) -> None:
+        self._parts = parts
         self._embedder = embedder
-        self._chunker = Chunker(settings.chunk_size, settings.chunk_overlap)
-        self._servers = (
-            None if settings.postgres_url() else embedded.acquire(settings.home, settings=settings.embedded_settings)
-        )
-        url = settings.postgres_url() or (self._servers.database_url if self._servers else "")
-        try:
-            self._prepare_schema(url)
-            self._open(url)
-        except BaseException:
-            if self._servers is not None:
-                self._servers.release()
-            raise
-
-    def _prepare_schema(self, url: str) -> None:
-        if self._servers is not None:
-            migrate.upgrade(url)
-        with connect_directly(url, self._settings) as connection:
-            migrate.require_head(connection)
-            require_versions(connection)
-
-    def _open(self, url: str) -> None:
-        self._database = Database(url, self._settings)
-        self._database.open()
-        self.pool, self.engine = self._database.pool, self._database.engine
-        self._model = StoreModel(self._database)
-        self._searcher = Searcher()
-        self._cache = self._make_cache()
-        self.cache_client = self._cache.client if self._cache else None
-        self._delivered: list[int] = []
-        self._metrics = MetricsRecorder(self._database, background=self._deliver)
-        self._closed = False
-        self._closing = threading.Lock()
-        try:
-            self._model.load()
-        except BaseException:
-            self._database.close()
-            raise
-
-    def _make_cache(self) -> QueryCache | None:
-        url = self._settings.redis_url
-        if url is None and self._servers is not None:
-            url = self._servers.redis_url
-        return QueryCache(self._database, QueryCache.connect(url), self._settings) if url else None
+        self._chunker = Chunker(parts.settings.chunk_size, parts.settings.chunk_overlap)
+        self.pool, self.engine = parts.database.pool, parts.database.engine
+        self.cache_client = parts.cache.client if parts.cache else None
 
     @property
     def model(self) -> Model | None:
         """The registered embedding model, or None while no vector was ever stored."""
-        return self._model.registered
+        return self._parts.model.registered
 
     @property
     def settings(self) -> Settings:
-        return self._settings
+        return self._parts.settings
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -210,8 +164,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """
         _check_batch_size(batch_size)
         tally = Tally(total_of(documents), on_progress)
-        with self._metrics.measure("batch_upsert") as operation:
-            with bulk_load.automatic(self._database, self._model, tally.total):
+        with self._parts.metrics.measure("batch_upsert") as operation:
+            with bulk_load.automatic(self._parts.database, self._parts.model, tally.total):
                 self._ingestion().upsert(documents, batch_size, tally)
             operation.counts = _counts(tally, "inserted", "updated", "unchanged", "superseded", "failed")
         return UpsertResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
@@ -233,8 +187,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         _check_batch_size(batch_size)
         texts = self._text_embedder(embedder)
         tally = Tally(total_of(items), on_progress)
-        with self._metrics.measure("embed_batch") as operation:
-            with bulk_load.automatic(self._database, self._model, tally.total):
+        with self._parts.metrics.measure("embed_batch") as operation:
+            with bulk_load.automatic(self._parts.database, self._parts.model, tally.total):
                 self._ingestion().embed(items, texts, batch_size, tally)
             operation.counts = _embed_counts(tally, texts, deleted=0)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
@@ -262,10 +216,12 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         check_key("source_id", source_id)
         texts = self._text_embedder(embedder, register=not dry_run)
         tally = Tally(total_of(items), on_progress)
-        with self._metrics.measure("sync_dry_run" if dry_run else "sync") as operation:
-            deleted = SourceSync(self._ingestion(), source_id, tally).run(
-                items, texts, batch_size=batch_size, allow_empty=allow_empty, dry_run=dry_run, wait_s=wait_s
-            )
+        bulk = nullcontext() if dry_run else bulk_load.automatic(self._parts.database, self._parts.model, tally.total)
+        with self._parts.metrics.measure("sync_dry_run" if dry_run else "sync") as operation:
+            with bulk:
+                deleted = SourceSync(self._ingestion(), source_id, tally).run(
+                    items, texts, batch_size=batch_size, allow_empty=allow_empty, dry_run=dry_run, wait_s=wait_s
+                )
             operation.counts = _embed_counts(tally, texts, deleted)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
@@ -277,7 +233,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         Raises BusyError where another bulk load runs.
         """
         self._check_open()
-        with translated(), bulk_load.bulk_load(self._database, self._model):
+        with translated(), bulk_load.bulk_load(self._parts.database, self._parts.model):
             yield
 
     @_call
@@ -286,7 +242,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         if isinstance(ids, str):
             raise ValidationError("ids is a string; expected a sequence of ids")
         checked = [check_key("id", id_) for id_ in ids]
-        with self._metrics.measure("delete") as operation:
+        with self._parts.metrics.measure("delete") as operation:
             return self._delete(operation, lambda transaction: deletion.delete_ids(transaction, checked))
 
     @_call
@@ -296,13 +252,13 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         `cascade` False keeps the chunks, detached: `document_id` NULL, `origin_id` what it was.
         """
         check_key("source_id", source_id)
-        with self._metrics.measure("delete_by_source_id") as operation:
+        with self._parts.metrics.measure("delete_by_source_id") as operation:
             return self._delete(
                 operation, lambda transaction: deletion.delete_source(transaction, source_id, cascade=cascade)
             )
 
     def _delete(self, operation: Operation, work: Callable[[Any], DeleteResult]) -> DeleteResult:
-        result = run_write(self._database, work, after_commit=self._invalidate)
+        result = run_write(self._parts.database, work, after_commit=self._parts.after_commit)
         operation.counts = {"deleted": result.deleted, "chunks_removed": result.chunks_removed}
         return result
 
@@ -322,13 +278,13 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """
         _check_batch_size(batch_size)
         if dry_run:
-            return orphans.report_orphans(self._database, min_age)
-        with self._metrics.measure("cleanup_orphaned") as operation:
+            return orphans.report_orphans(self._parts.database, min_age)
+        with self._parts.metrics.measure("cleanup_orphaned") as operation:
             result = orphans.remove_orphans(
-                self._database,
+                self._parts.database,
                 batch_size=batch_size,
                 min_age=min_age,
-                after_commit=self._invalidate,
+                after_commit=self._parts.after_commit,
                 on_progress=on_progress,
             )
             operation.counts = {"chunks": result.orphaned_chunks, "embeddings": result.orphaned_embeddings}
@@ -351,7 +307,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         finally:
             _in_transaction.reset(token)
         for write in told:
-            self._invalidate(write)
+            self._parts.after_commit(write)
 
     @_call
     def record_write(
@@ -395,19 +351,21 @@ class VectorStore(AbstractContextManager["VectorStore"]):
 
         Raises ValidationError for a bad filter, k or vector; DimensionError for one of another length.
         """
-        consistency = _check_consistency(consistency or self._settings.consistency)
+        consistency = _check_consistency(consistency or self._parts.settings.consistency)
         filters = Filter(workspace, source_id, where)
-        with self._metrics.measure("search") as operation:
+        with self._parts.metrics.measure("search") as operation:
             vector = self._embed_query(query) if isinstance(query, str) else vectors.as_vector(query)
             wanted = Query(
-                vector, k, level, filters, self._settings.ef_search if ef_search is None else ef_search, exact
+                vector, k, level, filters, self._parts.settings.ef_search if ef_search is None else ef_search, exact
             )
             model = self.model or self._reload_model()
             if model is None:
                 return SearchResult(hits=(), complete=True, cached=False, exact=True)
             model.check_query(vector)
-            cache = None if _in_transaction.get() else self._cache
-            result = retried(lambda: reading.search(self._database, self._searcher, cache, wanted, model, consistency))
+            cache = None if _in_transaction.get() else self._parts.cache
+            result = retried(
+                lambda: reading.search(self._parts.database, self._parts.searcher, cache, wanted, model, consistency)
+            )
             operation.counts = {"hits": len(result), "cached": result.cached, "exact": result.exact}
         return result
 
@@ -429,20 +387,22 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         _check_batch_size(batch_size)
         if source_id is not None:
             check_key("source_id", source_id)
-        return reading.iter_hashes(self._database, source_id, batch_size)
+        return reading.iter_hashes(self._parts.database, source_id, batch_size)
 
     @_call
     def get_statistics(self, workspace: str | None = None) -> Statistics:
         """Counts of the store or of one workspace; the store's storage, index health and performance."""
         if workspace is not None:
             check_key("workspace", workspace)
-        return retried(lambda: statistics.get_statistics(self._database, self.model or self._reload_model(), workspace))
+        return retried(
+            lambda: statistics.get_statistics(self._parts.database, self.model or self._reload_model(), workspace)
+        )
 
     @_call
     def get_diagnostics(self) -> Diagnostics:
         """Rows, schema revision, location without its password, and the state of the document index."""
         model = self.model or self._reload_model()
-        return retried(lambda: statistics.get_diagnostics(self._database, model, migrate.head_revision()))
+        return retried(lambda: statistics.get_diagnostics(self._parts.database, model, migrate.head_revision()))
 
     # -- keeping ---------------------------------------------------------------------------------------
 
@@ -478,7 +438,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             cancel=cancel,
             on_progress=on_progress,
         )
-        return maintenance.maintain(self._database, self.model or self._reload_model(), plan)
+        return maintenance.maintain(self._parts.database, self.model or self._reload_model(), plan)
 
     def close(self, *, deadline_s: float = 30, maintain: bool | None = None) -> None:
         """Write what metrics wait, give all connections back, leave the embedded servers. Safe to call twice.
@@ -487,15 +447,13 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         `deadline_s`. The store closes in any case; MaintenanceIncomplete is raised afterwards where a step
         failed or was not reached.
         """
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        wanted = self._settings.maintenance_on_close if maintain is None else maintain
+        if not self._parts.mark_closed():
+            return
+        wanted = self.settings.maintenance_on_close if maintain is None else maintain
         try:
             unfinished = self._maintain_before_close(deadline_s) if wanted else []
         finally:
-            self._release()
+            self._parts.close()
         if unfinished:
             raise MaintenanceIncomplete(f"the store is closed, but not done: {'; '.join(unfinished)}")
 
@@ -503,47 +461,39 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         plan = maintenance.MaintenancePlan(deadline_s=deadline_s)
         try:
             with translated():
-                result = maintenance.maintain(self._database, self.model, plan)
+                result = maintenance.maintain(self._parts.database, self.model, plan)
         except VectorKeepError as exc:
             return [str(exc)]
         return [f"{s.name}: {s.details}" for s in result.steps if s.outcome in ("failed", "not reached")]
-
-    def _release(self) -> None:
-        self._metrics.close()
-        self._database.close()
-        if self._cache is not None:
-            self._cache.client.close()
-        if self._servers is not None:
-            self._servers.release()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
-        return f"<VectorStore {self._database.location} {state}>"
+        state = "closed" if self._parts.closed else "open"
+        return f"<VectorStore {self._parts.database.location} {state}>"
 
     # -- within ----------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._parts.closed:
             raise ClosedError("the store is closed; open another with db.connect(...)")
 
     def _ingestion(self) -> Ingestion:
-        return Ingestion(self._database, self._model, self._invalidate)
+        return Ingestion(self._parts.database, self._parts.model, self._parts.after_commit)
 
     def _text_embedder(self, embedder: Embedder | None, *, register: bool = True) -> TextEmbedder:
         """`embedder`, or the store's own, checked against the store's model, behind the vector cache."""
         chosen = embedder or self._embedder
         if chosen is None:
             raise ValidationError("the store has no embedder; give one to connect(embedder=...) or to this call")
-        model = self._model.register(chosen.dimensions, chosen.model_id) if register else self.model
+        model = self._parts.model.register(chosen.dimensions, chosen.model_id) if register else self.model
         if model is not None and (model.model_id, model.dimensions) != (chosen.model_id, chosen.dimensions):
             raise SchemaError(
                 f"the embedder is {chosen.model_id!r} of {chosen.dimensions} dimensions, the store's model is "
                 f"{model.model_id!r} of {model.dimensions}; vectors of two models cannot be compared"
             )
-        return TextEmbedder(self._database, chosen, self._chunker)
+        return TextEmbedder(self._parts.database, chosen, self._chunker)
 
     def _embed_query(self, text: str) -> NDArray[np.float32]:
         if not text:
@@ -553,23 +503,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
 
     def _reload_model(self) -> Model | None:
         """The model, read again: another process may have registered it since this store was opened."""
-        self._model.load()
+        self._parts.model.load()
         return self.model
-
-    def _invalidate(self, write: LoggedWrite) -> None:
-        """Tell Redis of a committed write. What it did not take is delivered in the background, later."""
-        if self._cache is not None and self._cache.deliver(write):
-            self._delivered.append(write.id)
-        self._metrics.start()
-
-    def _deliver(self) -> None:
-        """Off the callers' path: note which writes were delivered, and deliver those that were not."""
-        if self._cache is None:
-            return
-        delivered, self._delivered = self._delivered, []
-        if delivered:
-            self._cache.mark_delivered(delivered)
-        self._cache.deliver_undelivered()
 
 
 def _counts(tally: Tally, *names: str) -> dict[str, int]:

@@ -1,0 +1,87 @@
+"""The parts of an open store: opened in order, told of each commit, closed in order."""
+
+import threading
+
+from . import embedded, migrate
+from .config import Settings
+from .engine import Database, connect_directly, require_versions
+from .metrics import MetricsRecorder
+from .query_cache import QueryCache
+from .registry import StoreModel
+from .search import Searcher
+from .transactions import LoggedWrite
+
+
+class OpenParts:
+    """What a store works with. The embedded servers are started, and migrated, where no database is named."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UnavailableError, SchemaError, DimensionError; then nothing stays open."""
+        self.settings = settings
+        url = settings.postgres_url()
+        self._servers = None if url else embedded.acquire(settings.home, settings=settings.embedded_settings)
+        try:
+            self.database = Database(url or self._prepare_embedded(), settings)
+            self._check_schema()
+            self.database.open()
+            self.model = StoreModel(self.database)
+            self.model.load()
+        except BaseException:
+            self._close_connections()
+            raise
+        self.searcher = Searcher()
+        self.cache = self._make_cache()
+        self.metrics = MetricsRecorder(self.database, background=self._deliver)
+        self._delivered: list[int] = []
+        self._closing = threading.Lock()
+        self.closed = False
+
+    def _prepare_embedded(self) -> str:
+        assert self._servers is not None
+        migrate.upgrade(self._servers.database_url)
+        return self._servers.database_url
+
+    def _check_schema(self) -> None:
+        with connect_directly(self.database.url, self.settings) as connection:
+            migrate.require_head(connection)
+            require_versions(connection)
+
+    def _make_cache(self) -> QueryCache | None:
+        url = self.settings.redis_url
+        if url is None and self._servers is not None:
+            url = self._servers.redis_url
+        return QueryCache(self.database, QueryCache.connect(url), self.settings) if url else None
+
+    def after_commit(self, write: LoggedWrite) -> None:
+        """Tell Redis of a committed write. What it did not take is delivered in the background, later."""
+        if self.cache is not None and self.cache.deliver(write):
+            self._delivered.append(write.id)
+        self.metrics.start()
+
+    def _deliver(self) -> None:
+        """Off the callers' path: note which writes were delivered, and deliver those that were not."""
+        if self.cache is None:
+            return
+        delivered, self._delivered = self._delivered, []
+        if delivered:
+            self.cache.mark_delivered(delivered)
+        self.cache.deliver_undelivered()
+
+    def mark_closed(self) -> bool:
+        """From now on calls are refused. False where that was so already."""
+        with self._closing:
+            was_open, self.closed = not self.closed, True
+        return was_open
+
+    def close(self) -> None:
+        """Write what metrics wait, give all connections back, leave the embedded servers."""
+        self.metrics.close()
+        if self.cache is not None:
+            self.cache.client.close()
+        self._close_connections()
+
+    def _close_connections(self) -> None:
+        if hasattr(self, "database"):
+            self.database.close()
+        if self._servers is not None:
+            self._servers.release()
