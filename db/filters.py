@@ -18,6 +18,7 @@ from .documents import check_key
 from .errors import ValidationError
 
 _ORDER = {"$gt": sql.SQL(">"), "$gte": sql.SQL(">="), "$lt": sql.SQL("<"), "$lte": sql.SQL("<=")}
+_OPAQUE = sql.SQL("coalesce({}, false)")
 _MAX_DEPTH = 50
 _OPERATORS = "$eq $ne $gt $gte $lt $lte $in $nin $exists $and $or $not"
 
@@ -47,11 +48,16 @@ class Filter:
         ]
         return _joined(parts, " AND ", empty="true")
 
-    def sql(self, table: str, metadata: sql.Composable) -> "Condition":
-        """The whole filter over `table`; `metadata` is the expression that `where` looks into."""
+    def sql(self, table: str, metadata: sql.Composable, *, opaque: bool = False) -> "Condition":
+        """The whole filter over `table`; `metadata` is the expression that `where` looks into.
+
+        opaque: hide `where` from the planner, which believes that one row in 200 passes any of them and so
+        never chooses a vector index; of a condition that it cannot look into, it believes that half pass.
+        """
         parts = [self.columns_sql(table)]
         if self.where:
-            parts.append(compile_where(self.where, metadata))
+            where = compile_where(self.where, metadata)
+            parts.append(Condition(_OPAQUE.format(where.sql), where.values) if opaque else where)
         return _joined(parts, " AND ", empty="true")
 
     def canonical(self) -> list[Any]:
@@ -134,10 +140,14 @@ def _exists(key: str, value: Any, metadata: sql.Composable) -> Condition:
 def _ordered(key: str, name: str, value: Any, metadata: sql.Composable) -> Condition:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValidationError(f"{name} of {key!r} is {_shown(value)}; expected a number or a string")
-    kind = "string" if isinstance(value, str) else "number"
     # jsonb orders values of different types too: the guard keeps the comparison within one type.
-    statement = sql.SQL("(jsonb_typeof({0} -> %s::text) = %s AND ({0} -> %s::text) {1} %s)")
-    return Condition(statement.format(metadata, _ORDER[name]), (key, kind, key, _bound(key, value)))
+    if isinstance(value, str):
+        _check_text(f"the value of {key!r} in where", value)
+        # By code point, as Python does: jsonb's own order of strings is that of the database's locale.
+        text = sql.SQL("""(jsonb_typeof({0} -> %s::text) = 'string' AND ({0} ->> %s::text) COLLATE "C" {1} %s::text)""")
+        return Condition(text.format(metadata, _ORDER[name]), (key, key, value))
+    number = sql.SQL("(jsonb_typeof({0} -> %s::text) = 'number' AND ({0} -> %s::text) {1} %s)")
+    return Condition(number.format(metadata, _ORDER[name]), (key, key, _bound(key, value)))
 
 
 def _negated(condition: Condition) -> Condition:
