@@ -10,7 +10,7 @@ from typing import Any, cast
 import orjson
 import psycopg
 import sqlalchemy
-from psycopg import Connection, Cursor
+from psycopg import Connection, Cursor, sql
 from psycopg.abc import Params, Query
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import ConnectionPool
@@ -25,34 +25,47 @@ from .errors import SchemaError, UnavailableError
 
 logger = logging.getLogger("vectorkeep")
 
-# What identifies this store, and this life of it. A snapshot taken in another life means nothing in this
-# one: after a crash aborted transaction ids are used again (statistics are reset then), after a promotion
-# the timeline differs, after a restore in place the table's OID does. The control file's timeline lags.
-_IDENTITY = """
+# A life of the store: what a snapshot, and an answer computed in it, mean anything in. After a promotion the
+# timeline differs (the control file's lags). After a crash ids of aborted transactions are used again:
+# statistics are reset then. After a restore of a cold copy the server was started anew. A restore in place
+# makes other tables, and their primary keys only once they are filled. Roles and row security see other rows.
+# Functions only, no views or subqueries: this is planned anew with every cached answer that is checked.
+LIFE = sql.SQL("""
+    json_build_array(
+        CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END,
+        (pg_stat_get_wal()).stats_reset, pg_postmaster_start_time(),
+        to_regclass('write_log')::oid, to_regclass('embeddings_pkey')::oid, to_regclass('chunks_pkey')::oid,
+        session_user, current_user,
+        row_security_active(to_regclass('embeddings')::oid), row_security_active(to_regclass('chunks')::oid),
+        has_table_privilege(to_regclass('embeddings'), 'SELECT'),
+        has_table_privilege(to_regclass('chunks'), 'SELECT'))::text
+""")
+
+# An answer can be kept where the log that ends its validity can be read, all of it, and nothing is half restored.
+_IDENTITY = sql.SQL("""
     SELECT system_identifier || '-' || (SELECT oid FROM pg_database WHERE datname = current_database()),
-           concat_ws(':',
-               CASE WHEN pg_is_in_recovery() THEN 'replica'
-                    ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END,
-               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_wal),
-               current_user),
-           coalesce(to_regclass('write_log')::oid, 0)::bigint,
-           pg_is_in_recovery()
+           {life},
+           NOT pg_is_in_recovery()
+           AND coalesce(has_table_privilege(to_regclass('write_log'), 'SELECT'), false)
+           AND coalesce(has_table_privilege(to_regclass('write_log_watermark'), 'SELECT'), false)
+           AND NOT row_security_active(to_regclass('write_log')::oid)
+           AND num_nulls(to_regclass('embeddings_pkey'), to_regclass('chunks_pkey')) = 0
     FROM pg_control_system()
-"""
+""").format(life=LIFE)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Which store a connection is to, and in which life of it.
 
-    store: names the database among all databases. life: changes with a crash, a promotion and the role.
-    write_log: the table's OID, which a restore in place changes. replica: the server is a standby.
+    store: names the database among all databases. life: changes with a restart, a promotion, a restore, the
+    role and what it may see. cacheable: answers from here may be kept; not those of a standby, nor where
+    this role cannot read the whole write log.
     """
 
     store: str
     life: str
-    write_log: int
-    replica: bool
+    cacheable: bool
 
 
 MIN_POSTGRES = 16
@@ -146,10 +159,14 @@ class Database:
         with connect_directly(self._maintenance_url, self.settings) as connection:
             yield connection
 
-    def _configure(self, connection: StoreConnection) -> None:
-        adapt(connection, debug=self.settings.debug)
+    def identify(self, connection: StoreConnection) -> None:
+        """Ask again what `connection` is connected to: something there has changed."""
         connection.identify()
         self.identity = connection.identity
+
+    def _configure(self, connection: StoreConnection) -> None:
+        adapt(connection, debug=self.settings.debug)
+        self.identify(connection)
 
     def _make_engine(self) -> sqlalchemy.Engine:
         engine = sqlalchemy.create_engine(

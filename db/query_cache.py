@@ -1,16 +1,19 @@
 """Search results in Redis, served again only while they are still true.
 
 A cached result carries the snapshot it was computed in and the one tag it depends on. In strict mode it
-is valid only if `write_log` holds no write with that tag that the snapshot did not see, and nothing that
-the snapshot might have missed was pruned: one statement asks both, so whatever happens to Redis, and
-wherever a writer dies, no answer is older than an acknowledged write. In bounded mode the database is not
+is valid only if `write_log` holds no write with that tag that the snapshot did not see, nothing that the
+snapshot might have missed was pruned, and the store still lives the life that the answer was computed in:
+one statement asks all three, so whatever happens to Redis, and wherever a writer dies, no answer is older
+than an acknowledged write. In bounded mode the database is not
 asked: every write changes the tag's generation in Redis, and no answer is served beyond `bounded_ttl_s`.
 
 Generations are random tokens, not counters: one that Redis evicted or lost never comes back by counting.
 """
 
 import logging
+import math
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,12 +21,14 @@ from typing import Any
 
 import orjson
 import redis
+from psycopg import errors as pg
+from psycopg import sql
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .circuit_breaker import CircuitBreaker
 from .config import Settings
-from .engine import Database, Identity, StoreConnection
+from .engine import LIFE, Database, Identity, StoreConnection
 from .transactions import EVERYTHING, LoggedWrite
 from .types import Hit, SearchResult
 
@@ -32,15 +37,25 @@ logger = logging.getLogger("vectorkeep")
 _CONNECT_TIMEOUT_S = 0.05
 _TIMEOUT_S = 0.08
 
-_STILL_TRUE = """
-    SELECT coalesce(to_regclass('write_log')::oid, 0)::bigint,
+# What a cached value looks like. Part of its key: another version's values are never read.
+_FORMAT = 1
+_DIGEST_BYTES = 32
+
+# ORDER BY ... LIMIT 1 and not EXISTS: a prepared EXISTS is planned as a scan of the whole log.
+_STILL_TRUE = (
+    sql.SQL("""
+    SELECT {life},
            pg_snapshot_xmin(%(snapshot)s::pg_snapshot) >= (SELECT xid FROM write_log_watermark)
-           AND NOT EXISTS (
-               SELECT FROM write_log
-               WHERE xid >= pg_snapshot_xmin(%(snapshot)s::pg_snapshot)
-                 AND tags && %(tags)s
-                 AND NOT pg_visible_in_snapshot(xid, %(snapshot)s::pg_snapshot))
-"""
+           AND (SELECT xid FROM write_log
+                WHERE xid >= pg_snapshot_xmin(%(snapshot)s::pg_snapshot)
+                  AND tags && %(tags)s
+                  AND NOT pg_visible_in_snapshot(xid, %(snapshot)s::pg_snapshot)
+                ORDER BY xid LIMIT 1) IS NULL
+""")
+    .format(life=LIFE)
+    .as_string()
+    .encode()
+)
 
 _UNDELIVERED = """
     SELECT id, tags FROM write_log
@@ -59,16 +74,18 @@ class CacheKey:
     tag: str
 
     def text(self, identity: Identity) -> str:
-        return orjson.dumps([identity.life, identity.write_log, *self.question]).decode()
+        return orjson.dumps([_FORMAT, identity.life, *self.question]).decode()
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where an answer is to be stored: the place, and the generations as they were before it was computed."""
+    """Where an answer is to be stored: the place, and the life, generations and time before it was computed."""
 
     name: str
     key: str
+    life: str
     generations: list[str]
+    opened: float
 
 
 class QueryCache:
@@ -108,27 +125,33 @@ class QueryCache:
         if value is None:
             return None, slot
         parameters = {"snapshot": value["snapshot"], "tags": [key.tag, EVERYTHING]}
-        [(write_log, still_true)] = connection.execute(_STILL_TRUE, parameters).fetchall()
-        if write_log != connection.identity.write_log:  # restored in place under an open connection
-            connection.identify()
+        try:
+            [(life, still_true)] = connection.execute(_STILL_TRUE, parameters).fetchall()
+        except pg.InsufficientPrivilege:  # revoked since this connection was opened
+            life, still_true = None, False
+        if life != connection.identity.life:
+            self._database.identify(connection)
             return None, None
         return (_result(value) if still_true else None), slot
 
     def store(self, slot: Slot, result: SearchResult, snapshot: str) -> None:
         """Keep `result`, computed in `snapshot`, in the slot that its look-up gave."""
+        if not all(math.isfinite(hit.distance) for hit in result) or not self.breaker.closed:
+            return  # JSON has no infinity
         value = orjson.dumps(
             {
                 "key": slot.key,
                 "generations": slot.generations,
                 "snapshot": snapshot,
                 "ttl_s": self._ttl_s,
+                "took_s": time.monotonic() - slot.opened,
                 "hits": [asdict(hit) for hit in result],
                 "complete": result.complete,
                 "exact": result.exact,
             }
         )
         with self.breaker.guard():
-            self.client.set(slot.name, value, ex=self._ttl_s)
+            self.client.set(slot.name, sha256(value).digest() + value, ex=self._ttl_s)
 
     def invalidate(self, tags: Sequence[str]) -> bool:
         """Start a new generation of each tag. False where Redis did not take it: to be delivered later."""
@@ -164,45 +187,50 @@ class QueryCache:
             return len(rows)
 
     def _read(self, key: CacheKey, identity: Identity) -> tuple[Mapping[str, Any] | None, Slot | None]:
-        if identity.replica or not self.breaker.closed:
+        if not identity.cacheable or not self.breaker.closed:
             return None, None
         text = key.text(identity)
         name = f"vectorkeep:{identity.store}:q:{sha256(text.encode()).hexdigest()}"
         names = [_generation_name(identity, tag) for tag in (key.tag, EVERYTHING)]
+        opened = time.monotonic()
         with self.breaker.guard():
             pipeline = self.client.pipeline(transaction=False)
             pipeline.mget([name, *names])
             pipeline.pttl(name)
             (raw, *tokens), ttl_ms = pipeline.execute()
             generations = [
-                token.decode() if token else self._begin_generation(n) for n, token in zip(names, tokens, strict=True)
+                _token(token) if token else self._begin_generation(n) for n, token in zip(names, tokens, strict=True)
             ]
             value = _decode(raw, text, generations, ttl_ms)
-            return value, Slot(name, text, generations)
+            return value, Slot(name, text, identity.life, generations, opened)
         return None, None
 
     def _begin_generation(self, name: str) -> str:
         token = secrets.token_hex(8)
         present = self.client.set(name, token, ex=2 * self._ttl_s, nx=True, get=True)
-        return present.decode() if isinstance(present, bytes) else token
+        return _token(present) if isinstance(present, bytes) else token
 
 
 def _generation_name(identity: Identity, tag: str) -> str:
     return f"vectorkeep:{identity.store}:g:{tag}"
 
 
+def _token(raw: bytes) -> str:
+    return raw.decode("latin-1")  # ours are ASCII; whatever else lies there is no reason to fail
+
+
 def _decode(raw: bytes | None, key: str, generations: list[str], ttl_ms: int) -> dict[str, Any] | None:
     """The stored value where it answers exactly `key` in these generations, with its age."""
     if raw is None:
         return None
-    try:
-        value: dict[str, Any] = orjson.loads(raw)
-        if value["key"] != key or value["generations"] != generations:
-            return None
-        value["age_s"] = value["ttl_s"] - ttl_ms / 1000
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    digest, data = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+    if sha256(data).digest() != digest:
         logger.warning("cache.unreadable_value", extra={"bytes": len(raw)})
         return None
+    value: dict[str, Any] = orjson.loads(data)
+    if value["key"] != key or value["generations"] != generations:
+        return None
+    value["age_s"] = value["took_s"] + value["ttl_s"] - ttl_ms / 1000
     return value
 
 

@@ -50,7 +50,9 @@ def search(
             if cached is not None:
                 return cached
         answer = searcher.search(connection, query, model)
-    if slot is not None:
+        if answer.life != connection.identity.life:  # restarted behind a pooler, restored, or another role was set
+            database.identify(connection)
+    if slot is not None and slot.life == answer.life:
         cache.store(slot, answer.result, answer.snapshot)
     return answer.result
 

@@ -17,7 +17,7 @@ from psycopg import Connection, sql
 
 from . import vectors
 from .embedding_model import Model
-from .engine import StoreConnection
+from .engine import LIFE, StoreConnection
 from .errors import ValidationError
 from .filters import Filter
 from .models import vector_expression, vector_index_name
@@ -33,6 +33,9 @@ _ALWAYS_EXACT_ROWS = 1000
 _VISIT_TO_COMPARE = 6.7
 _ESTIMATE_TTL_S = 10.0
 _MAX_ESTIMATES = 1000
+_MAX_VISITS = 20_000  # of one scan: pgvector's own default
+
+_SET_LOCAL = "SELECT set_config(name, value, true) FROM unnest(%s::text[], %s::text[]) AS setting (name, value)"
 
 _OPERATOR = {"cosine": sql.SQL("<#>"), "inner_product": sql.SQL("<#>"), "l2": sql.SQL("<->")}
 
@@ -68,10 +71,11 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A result with the snapshot it was computed in, which the cache needs."""
+    """A result with the snapshot, and the life of the store, that it was computed in: the cache needs them."""
 
     result: SearchResult
     snapshot: str
+    life: str
 
 
 class Searcher:
@@ -87,12 +91,13 @@ class Searcher:
         with connection.transaction():
             if query.exact or not self._index_pays(connection, query, model):
                 return _run(connection, query, model, vector, exact=True)
+            _prepare_scan(connection, query, self._estimate(connection, query.table, Filter()))
             found = _run(connection, query, model, vector, exact=False)
             if len(found.result) >= query.k:
                 return found
             # The scan ran dry: a filter that few rows pass, or rows it could not reach.
             exact = _run(connection, query, model, vector, exact=True)
-            return Answer(exact.result, found.snapshot)  # the older snapshot: the safe one to cache with
+            return Answer(exact.result, found.snapshot, found.life)  # the older snapshot: the safe one to cache with
 
     def _index_pays(self, connection: Connection[Any], query: Query, model: Model) -> bool:
         if not model.indexed or _too_large_for_half(query.vector, model):
@@ -143,21 +148,26 @@ def _too_large_for_half(vector: NDArray[np.float32], model: Model) -> bool:
     return model.distance != "cosine" and bool(np.abs(vector).max() > vectors.MAX_HALF)
 
 
+def _prepare_scan(connection: Connection[Any], query: Query, rows: int) -> None:
+    """Settings of an index scan, for this transaction. It gives up where comparing all `rows` would be cheaper."""
+    settings = {
+        "hnsw.ef_search": max(query.ef_search, min(query.candidates, _MAX_EF_SEARCH)),
+        "hnsw.iterative_scan": "relaxed_order",
+        "hnsw.max_scan_tuples": min(_MAX_VISITS, max(_ALWAYS_EXACT_ROWS, int(rows / _VISIT_TO_COMPARE))),
+    }
+    connection.execute(_SET_LOCAL, [list(settings), [str(value) for value in settings.values()]])
+
+
 def _run(
     connection: StoreConnection, query: Query, model: Model, vector: NDArray[np.float32], *, exact: bool
 ) -> Answer:
     statement, values = _statement(query, model, vectors.BinaryVector(vectors.encode(vector)), exact=exact)
-    if not exact:
-        connection.execute(
-            "SELECT set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'relaxed_order', true)",
-            (str(max(query.ef_search, min(query.candidates, _MAX_EF_SEARCH))),),
-        )
     # A plan made for all values is wrong for a filter that few rows pass: no prepared statement there.
     prepare = None if query.filter == Filter() and not exact else False
     rows = connection.execute(statement, values, prepare=prepare).fetchall()
-    hits = tuple(_hit(row[1:], model) for row in rows if row[1] is not None)
+    hits = tuple(_hit(row[2:], model) for row in rows if row[2] is not None)
     complete = len(hits) >= query.k or exact
-    return Answer(SearchResult(hits=hits, complete=complete, cached=False, exact=exact), rows[0][0])
+    return Answer(SearchResult(hits=hits, complete=complete, cached=False, exact=exact), *rows[0][:2])
 
 
 def _statement(
@@ -171,7 +181,7 @@ def _statement(
         metadata = sql.SQL("(coalesce(document.metadata, '{}') || target.metadata)")
         joined = sql.SQL("{} LEFT JOIN embeddings AS document ON document.id = target.document_id")
         source = joined.format(source) if query.filter.where else source
-    condition = query.filter.sql("target", metadata)
+    condition = query.filter.sql("target", metadata, opaque=not exact)
     operator = _OPERATOR[model.distance]
     full = sql.SQL("l2_normalize(target.embedding)") if model.distance == "cosine" else sql.SQL("target.embedding")
     distance = sql.SQL("({} {} %s::vector)").format(full, operator)
@@ -182,32 +192,40 @@ def _statement(
         half = sql.SQL("halfvec({})").format(sql.Literal(model.dimensions))
         order = sql.SQL("{} {} %s::vector::{}").format(expression, operator, half)
         order_values = [vector]
-    statement = _TEMPLATE[query.level].format(distance=distance, source=source, condition=condition.sql, order=order)
-    limit = query.k if exact else query.candidates
-    return statement, [vector, *condition.values, *order_values, limit, query.k]
+    # The limits are literals: a plan made for any limit reckons with a tenth of the table.
+    statement = _TEMPLATE[query.level].format(
+        life=LIFE,
+        distance=distance,
+        source=source,
+        condition=condition.sql,
+        order=order,
+        limit=sql.Literal(query.k if exact else query.candidates),
+        k=sql.Literal(query.k),
+    )
+    return statement, [vector, *condition.values, *order_values]
 
 
 # The candidates carry ids and distances only: texts and metadata are read for the k that remain.
 _TEMPLATE = {
     "documents": sql.SQL("""
-        SELECT pg_current_snapshot()::text, hit.* FROM (SELECT) AS one LEFT JOIN (
+        SELECT pg_current_snapshot()::text, (SELECT {life}), hit.* FROM (SELECT) AS one LEFT JOIN (
             WITH candidates AS MATERIALIZED (
                 SELECT target.id, {distance} AS distance FROM {source}
                 WHERE target.embedding IS NOT NULL AND {condition}
-                ORDER BY {order} LIMIT %s),
-            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT %s)
+                ORDER BY {order} LIMIT {limit}),
+            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT {k})
             SELECT target.id, target.id AS document_id, target.source_id, target.text, target.metadata,
                    nearest.distance
             FROM nearest JOIN embeddings AS target ON target.id = nearest.id
         ) AS hit ON true ORDER BY hit.distance, hit.id
     """),
     "chunks": sql.SQL("""
-        SELECT pg_current_snapshot()::text, hit.* FROM (SELECT) AS one LEFT JOIN (
+        SELECT pg_current_snapshot()::text, (SELECT {life}), hit.* FROM (SELECT) AS one LEFT JOIN (
             WITH candidates AS MATERIALIZED (
                 SELECT target.id, {distance} AS distance FROM {source}
                 WHERE target.embedding IS NOT NULL AND {condition}
-                ORDER BY {order} LIMIT %s),
-            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT %s)
+                ORDER BY {order} LIMIT {limit}),
+            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT {k})
             SELECT target.id, coalesce(target.document_id, target.origin_id) AS document_id,
                    target.source_id, target.text,
                    coalesce(document.metadata, '{{}}') || target.metadata AS metadata, nearest.distance
