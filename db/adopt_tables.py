@@ -56,7 +56,8 @@ _INDEXES_ON_VECTORS = """
     WHERE indrelid = %s::regclass AND attname = 'embedding'
 """
 _INDEX_NAMES = "SELECT relname FROM pg_index JOIN pg_class ON oid = indexrelid WHERE indrelid = %s::regclass"
-# Of ids that count, "c10" comes after "c9".
+# Where a position is missing; the second revision numbers what shares one. Of ids that count, "c10" comes
+# after "c9".
 _NUMBER_CHUNKS = """
     UPDATE chunks SET chunk_index = numbered.position
     FROM (
@@ -65,7 +66,7 @@ _NUMBER_CHUNKS = """
         ) - 1 AS position
         FROM chunks
         WHERE document_id IN (
-            SELECT document_id FROM chunks GROUP BY document_id HAVING count(DISTINCT chunk_index) < count(*)
+            SELECT document_id FROM chunks GROUP BY document_id HAVING count(chunk_index) < count(*)
         )
     ) AS numbered
     WHERE chunks.id = numbered.id AND chunks.chunk_index IS DISTINCT FROM numbered.position

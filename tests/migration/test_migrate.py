@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import sqlalchemy
+from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from alembic import command
@@ -208,11 +210,17 @@ def test_a_server_that_is_not_there_is_unavailable():
 # ---- quiet and quick
 
 
-def test_upgrade_leaves_the_callers_logging_alone(empty_database_url):
-    root = logging.getLogger()
-    before = (root.level, list(root.handlers), logging.getLogger("alembic").level)
-    upgrade(empty_database_url)
-    assert (root.level, list(root.handlers), logging.getLogger("alembic").level) == before
+@pytest.mark.parametrize("with_file", [False, True])
+def test_a_program_that_upgrades_keeps_its_logging(empty_database_url, with_file):
+    loggers = [logging.getLogger(name) for name in (None, "alembic", "alembic.runtime.migration")]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    if with_file:
+        config = Config(ROOT / "alembic.ini")
+        config.set_main_option("sqlalchemy.url", empty_database_url.replace("%", "%%"))
+        command.upgrade(config, "head")
+    else:
+        upgrade(empty_database_url)
+    assert [(logger.level, list(logger.handlers)) for logger in loggers] == before
     assert not logging.getLogger("vectorkeep").disabled
 
 
@@ -253,6 +261,19 @@ def test_the_command_takes_postgres_variables(empty_database_url, run_alembic):
     )
     assert done.returncode == 0, done.stderr
     assert revision_at(empty_database_url) == HEAD
+
+
+def test_without_a_url_the_command_means_the_embedded_server(run_alembic):
+    acquire = pytest.importorskip("db.embedded").acquire
+    with tempfile.TemporaryDirectory(prefix="vk-") as home:
+        Path(home).chmod(0o711)  # as root the server runs as a user that has to pass through
+        done = run_alembic("upgrade", "head", VECTORKEEP_HOME=home)
+        assert done.returncode == 0, done.stderr
+        servers = acquire(Path(home), redis=False)
+        try:
+            assert revision_at(servers.database_url) == HEAD
+        finally:
+            servers.release()
 
 
 def test_a_configured_url_wins(empty_database_url, monkeypatch):
