@@ -59,8 +59,6 @@ def ingest(
         list[Path],
         typer.Argument(
             metavar="PATH",
-            exists=True,
-            allow_dash=True,
             help="Folders, files (.txt .md .rst .py .html), JSONL files, '-' for JSONL on stdin.",
         ),
     ],
@@ -84,6 +82,9 @@ def ingest(
 
     Files and lines that cannot be read are reported and skipped; the exit code is then 1.
     """
+    missing = [displayable(path) for path in paths if path != _STDIN and not path.exists()]
+    if missing:
+        raise typer.BadParameter(f"{missing[0]} does not exist", param_hint="PATH")
     started = time.perf_counter()
     reader, totals = Reader(source, workspace), Totals()
     records = [path for path in paths if _holds_records(path)]

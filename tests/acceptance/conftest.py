@@ -1,0 +1,94 @@
+"""The command as a person or a cron job starts it: a process of its own, its output in pipes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Ran:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one document on stdout; anything beside it is an error."""
+        return json.loads(self.out)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        return dict(line.split(": ", 1) for line in self.out.splitlines())
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return [line.split("\t") for line in self.out.splitlines()]
+
+
+Run = Callable[..., Ran]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's environment without its vectorkeep and PostgreSQL settings, with `settings`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VECTORKEEP_", "POSTGRES_", "PG"))}
+    return kept | {"FORCE_COLOR": "1", "PYTHONUNBUFFERED": ""} | settings
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ops", *map(str, arguments)]
+
+
+def run_command(*arguments: str, env: dict[str, str], stdin: str | bytes = "", timeout_s: float = 120) -> Ran:
+    given = stdin.encode() if isinstance(stdin, str) else stdin
+    ended = subprocess.run(
+        command(*arguments), cwd=ROOT, env=env, input=given, capture_output=True, timeout=timeout_s, check=False
+    )
+    ran = Ran(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+    assert "Traceback" not in ran.err
+    assert "\x1b" not in ran.out + ran.err, "escape codes in a pipe"
+    return ran
+
+
+@pytest.fixture
+def env(database_url: str, redis_url: str, tmp_path: Path) -> dict[str, str]:
+    """The environment that names this test's database."""
+    return environment(
+        VECTORKEEP_DATABASE_URL=database_url, VECTORKEEP_REDIS_URL=redis_url, VECTORKEEP_HOME=str(tmp_path / "home")
+    )
+
+
+@pytest.fixture
+def vectorkeep(env: dict[str, str]) -> Run:
+    """Runs the command on this test's database; fails where it does not end with `code`."""
+
+    def run(*arguments: str, code: int | None = 0, stdin: str | bytes = "") -> Ran:
+        ran = run_command(*arguments, env=env, stdin=stdin)
+        assert code is None or ran.code == code, f"exit code {ran.code}: {ran.err}{ran.out}"
+        return ran
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of three documents of different kinds."""
+    made = tmp_path / "handbook"
+    (made / "animals").mkdir(parents=True)
+    (made / "cats.md").write_text("# On cats\n\nCats sleep sixteen hours a day.\n")
+    (made / "animals" / "owls.html").write_text(
+        "<html><head><title>On owls</title><style>p {}</style></head>"
+        "<body><p>Owls hunt at night, when it is dark.</p><script>var hidden</script></body></html>"
+    )
+    (made / "ships.txt").write_text("Ships sail across the ocean with cargo.")
+    return made

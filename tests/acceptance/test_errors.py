@@ -1,0 +1,131 @@
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from .conftest import ROOT, command, environment, run_command
+
+NOWHERE = "postgresql://me:topsecret@127.0.0.1:1/nothing"
+
+
+def test_an_unreachable_database_is_one_line_without_its_password():
+    ran = run_command("stats", "--database-url", NOWHERE, env=environment())
+    assert ran.code == 3
+    assert ran.out == ""
+    assert ran.err.startswith("vectorkeep: cannot connect to PostgreSQL")
+    assert "postgresql://me@127.0.0.1:1/nothing" in ran.err
+    assert ran.err.count("\n") == 1
+    assert "topsecret" not in ran.err
+
+
+def test_with_json_an_error_is_the_document():
+    ran = run_command("cleanup", "--dry-run", "--json", env=environment(VECTORKEEP_DATABASE_URL=NOWHERE))
+    assert ran.code == 3
+    error = ran.json["error"]
+    assert (error["kind"], error["exit_code"]) == ("UnavailableError", 3)
+    assert "topsecret" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"VECTORKEEP_DATABASE_URL": "mysql://me:topsecret@host/db"}, "database URL begins with 'mysql'"),
+        ({"VECTORKEEP_DATABASE_URL": NOWHERE, "VECTORKEEP_EF_SEARCH": "lots"}, "ef_search"),
+    ],
+)
+def test_a_bad_setting_is_told(settings, told):
+    ran = run_command("stats", env=environment(**settings))
+    assert ran.code == 6
+    assert told in ran.err
+    assert "topsecret" not in ran.err
+
+
+@pytest.mark.parametrize("switch", [{}, {"VECTORKEEP_DEBUG": "1"}])
+def test_a_traceback_is_shown_only_when_asked_for(switch):
+    arguments = ["stats", "--database-url", NOWHERE] + ([] if switch else ["--debug"])
+    ended = subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(**switch), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 3
+    assert "Traceback" in ended.stderr
+    assert "topsecret" not in ended.stderr
+
+
+def test_a_role_without_rights_is_told_so(vectorkeep, database_url, env):
+    role = f"vk_reader_{os.getpid()}"
+    with psycopg.connect(database_url, autocommit=True) as owner:
+        owner.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'topsecret'").format(sql.Identifier(role)))
+        owner.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}").format(sql.Identifier(role)))
+    try:
+        info = psycopg.conninfo.conninfo_to_dict(database_url) | {"user": role, "password": "topsecret"}
+        url = f"postgresql://{role}:topsecret@/{info['dbname']}?host={info['host']}&port={info.get('port', 5432)}"
+        ran = vectorkeep("delete-source", "s", "--yes", "--database-url", url, code=5)
+        assert "permission denied" in ran.err
+        assert "topsecret" not in ran.err
+    finally:
+        with psycopg.connect(database_url, autocommit=True) as owner:
+            owner.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(role)))
+
+
+def test_a_reader_that_leaves_is_no_error(env):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        command("stats"), cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert ended.returncode == 141
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_ends_in_order(env, number, code):
+    arguments = command("ingest", "-")
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        _wait_for_session(env["VECTORKEEP_DATABASE_URL"])
+        process.send_signal(number)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == code
+    assert "Traceback" not in errors
+
+
+def _wait_for_session(url):
+    with psycopg.connect(url, autocommit=True) as connection:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            [(sessions,)] = connection.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND application_name LIKE 'vectorkeep%'"
+            ).fetchall()
+            if sessions:
+                time.sleep(0.5)  # opened; now it waits for its input
+                return
+            time.sleep(0.05)
+    raise AssertionError("the command never connected")
+
+
+def test_a_terminal_gets_colours_and_a_table(vectorkeep, folder, env):
+    vectorkeep("ingest", folder, "--source", "handbook")
+    master, slave = pty.openpty()
+    shown = env | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(command("search", "owls"), cwd=ROOT, env=shown, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    output = b""
+    while select.select([master], [], [], 60)[0]:
+        try:
+            output += os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(master)
+    assert process.wait(timeout=30) == 0
+    assert b"\x1b[1mscore" in output
+    assert b"On owls" in output

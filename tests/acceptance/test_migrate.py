@@ -1,0 +1,79 @@
+import psycopg
+import pytest
+
+from db.migrate import head_revision
+
+from .conftest import environment, run_command
+
+
+@pytest.fixture
+def database_url(empty_database_url):
+    return empty_database_url
+
+
+def test_a_fresh_database_is_brought_to_head_and_again(vectorkeep):
+    first = vectorkeep("migrate")
+    assert first.fields == {"before": "none", "after": head_revision()}
+    again = vectorkeep("migrate", "--json")
+    assert again.json == {"before": head_revision(), "after": head_revision(), "model": None}
+    assert vectorkeep("stats").fields["documents"] == "0"
+
+
+def test_check_tells_and_changes_nothing(vectorkeep, database_url):
+    behind = vectorkeep("migrate", "--check", "--json", code=4)
+    assert behind.json == {"current": None, "head": head_revision(), "at_head": False}
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT to_regclass('embeddings')").fetchone() == (None,)
+    vectorkeep("migrate")
+    assert vectorkeep("migrate", "--check").fields == {"current": head_revision(), "head": head_revision()}
+
+
+def test_every_other_command_says_how_to_migrate(vectorkeep):
+    for arguments in (["stats"], ["search", "x"], ["cleanup"], ["maintain"], ["delete-source", "s", "--yes"]):
+        ran = vectorkeep(*arguments, code=4)
+        assert ran.out == ""
+        assert ran.err.startswith("vectorkeep: the database has no vectorkeep schema")
+        assert "vectorkeep migrate" in ran.err
+        assert ran.err.count("\n") == 1
+
+
+def test_a_model_is_registered_with_its_indexes(vectorkeep):
+    ran = vectorkeep("migrate", "--model", "mine", "--dimensions", "3", "--distance", "l2")
+    assert ran.fields["model"] == "mine"
+    indexes = {index["name"] for index in vectorkeep("stats", "--json").json["indexes"]}
+    assert indexes == {"embeddings_vector_idx", "chunks_vector_idx"}
+    vectorkeep("migrate", "--model", "mine", "--dimensions", "3", "--distance", "l2")
+    other = vectorkeep("migrate", "--model", "other", "--dimensions", "4", code=4)
+    assert "mine" in other.err
+    assert "other" in other.err
+
+
+def test_the_packaged_model_is_known_by_name(vectorkeep):
+    ran = vectorkeep("migrate", "--model", "wordllama", "--json")
+    assert ran.json["model"] == {"model_id": "wordllama-l2-supercat-256", "dimensions": 256, "distance": "cosine"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--model", "mine"], ["--dimensions", "3"], ["--adopt"], ["--distance", "hamming"]]
+)
+def test_half_a_model_is_a_wrong_command_line(arguments):
+    assert run_command("migrate", *arguments, env=environment()).code == 2
+
+
+def test_tables_made_by_hand_are_adopted(vectorkeep, database_url):
+    with psycopg.connect(database_url) as connection:
+        connection.execute("CREATE EXTENSION vector")
+        connection.execute("""
+            CREATE TABLE embeddings (id text PRIMARY KEY, text text, embedding vector(3), metadata jsonb,
+                                     source_id text, created_at timestamptz, updated_at timestamptz);
+            CREATE TABLE chunks (id text PRIMARY KEY, document_id text, chunk_index int, text text,
+                                 embedding vector(3), metadata jsonb, created_at timestamptz);
+            INSERT INTO embeddings VALUES ('a', 'first', '[1,2,3]', '{}', 's', now(), now()),
+                                          ('b', 'second', '[3,2,1]', '{}', 's', now(), now());
+            INSERT INTO chunks VALUES ('a#0', 'a', 0, 'first', '[1,2,3]', '{}', now()),
+                                      ('x#0', 'gone', 0, 'dangling', '[1,2,3]', '{}', now());
+        """)
+    adopted = vectorkeep("migrate", "--adopt", "--model", "mine", "--json").json
+    assert (adopted["documents"], adopted["chunks"], adopted["dimensions"]) == (2, 2, 3)
+    assert vectorkeep("stats").fields["documents"] == "2"
+    assert vectorkeep("cleanup", "--dry-run").fields["orphaned_chunks"] == "1"
