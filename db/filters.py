@@ -62,9 +62,7 @@ class Filter:
 
     def canonical(self) -> list[Any]:
         """Equal filters give equal lists: part of a cache key."""
-        where = (
-            None if self.where is None else orjson.dumps(self.where, default=dict, option=orjson.OPT_SORT_KEYS).decode()
-        )
+        where = None if self.where is None else _dumped(self.where, option=orjson.OPT_SORT_KEYS).decode()
         return [self.workspace, self.source_id, where]
 
 
@@ -166,7 +164,7 @@ def _joined(parts: Sequence[Condition], operator: str, *, empty: str) -> Conditi
 
 def _bound(key: str, value: Any) -> Jsonb:
     _check_value(key, value, 0)
-    return Jsonb(value)
+    return Jsonb(value, dumps=_dumped)
 
 
 def _check_value(key: str, value: Any, depth: int) -> None:
@@ -201,6 +199,13 @@ def _check_text(name: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError as exc:
         raise ValidationError(f"{name} has a lone surrogate at {exc.start}") from exc
+
+
+def _dumped(value: Any, option: int | None = None) -> bytes:
+    """JSON of what was checked: also of mappings and sequences that are no dict and no list."""
+    return orjson.dumps(
+        value, default=lambda part: dict(part) if isinstance(part, Mapping) else list(part), option=option
+    )
 
 
 def _shown(value: Any) -> str:

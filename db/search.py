@@ -56,8 +56,9 @@ class Query:
             raise ValidationError(f"k is {self.k!r}; expected an integer from 1 to {MAX_K}")
         if self.level not in ("documents", "chunks"):
             raise ValidationError(f"level is {self.level!r}; expected 'documents' or 'chunks'")
-        if not 1 <= self.ef_search <= _MAX_EF_SEARCH:
-            raise ValidationError(f"ef_search is {self.ef_search}; expected 1 to {_MAX_EF_SEARCH}")
+        ef_search = self.ef_search
+        if isinstance(ef_search, bool) or not isinstance(ef_search, int) or not 1 <= ef_search <= _MAX_EF_SEARCH:
+            raise ValidationError(f"ef_search is {ef_search!r}; expected an integer from 1 to {_MAX_EF_SEARCH}")
 
     @property
     def table(self) -> str:
