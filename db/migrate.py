@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import Connection
+from psycopg.pq import TransactionStatus
 
 from .config import Settings, libpq_url, session_conninfo
 from .errors import SchemaError, translated
@@ -54,12 +55,18 @@ def head_revision() -> str:
 
 def current_revision(connection: Connection[Any]) -> str | None:
     """The revision of the database, or None where no migration ever ran. One query."""
+    # Inside a caller's transaction a missing table must not spoil what comes after.
+    protected = nullcontext() if connection.autocommit and not _in_transaction(connection) else connection.transaction()
     try:
-        with connection.transaction():
+        with protected:
             row = connection.execute(_CURRENT).fetchone()
     except psycopg.errors.UndefinedTable:
         return None
     return row[0] if row else None
+
+
+def _in_transaction(connection: Connection[Any]) -> bool:
+    return connection.info.transaction_status != TransactionStatus.IDLE
 
 
 def require_head(connection: Connection[Any]) -> None:

@@ -108,13 +108,13 @@ def _configure(connection: Connection, lock_timeout_s: float) -> dict[str, str]:
 def _acquire_lock(connection: Connection, on_wait: OnWait | None) -> None:
     # Polled, and outside a transaction between the polls: a session that waits inside a statement holds a
     # snapshot, and the other upgrader's CREATE INDEX CONCURRENTLY would wait for that for ever.
-    told: str | None = None
+    told: int | None = None
     while not connection.execute(_TRY_LOCK, _LOCK_KEY).scalar_one():
         holder = connection.execute(_LOCK_HOLDER, _LOCK_KEY).first()
         connection.commit()
-        if holder is not None and (message := f"another migration runs: {_described(holder)}") != told:
-            told = message
-            _tell(on_wait, message)
+        if holder is not None and holder.pid != told:
+            told = holder.pid
+            _tell(on_wait, f"another migration runs: {_described(holder)}")
         time.sleep(_LOCK_POLL_S)
     connection.commit()
 
