@@ -115,4 +115,5 @@ def weighted_mean(parts: Sequence[NDArray[np.float32]], weights: Sequence[int]) 
     norm = np.linalg.norm(mean)
     if norm < 1e-12:
         return normalized(parts[int(np.argmax(weights))])
-    return (mean / norm).astype(np.float32)
+    unit: NDArray[np.float32] = (mean / norm).astype(np.float32)
+    return unit
