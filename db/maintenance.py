@@ -18,6 +18,7 @@ from .engine import Database
 from .index_health import inspect_indexes
 from .locks import Purpose, advisory_lock
 from .types import MaintenanceResult, Step, StepProgress
+from .vacuum import vacuum
 from .vector_index import ensure_vector_indexes
 
 logger = logging.getLogger("vectorkeep")
@@ -47,6 +48,10 @@ _RETIRE_METRICS = "DELETE FROM performance_metrics WHERE created_at < now() - ma
 _RETIRE_RUNS = "DELETE FROM maintenance_runs WHERE finished_at < now() - make_interval(secs => %s)"
 _DEAD = "SELECT n_live_tup, n_dead_tup FROM pg_stat_user_tables WHERE relid = to_regclass(%s)"
 _SIZE = "SELECT pg_total_relation_size(to_regclass(%s))"
+_OWNS_TABLES = """
+    SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
+    WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass)
+"""
 _RECORD_RUN = """
     INSERT INTO maintenance_runs (operation, success, details, started_at)
     VALUES ('maintain', %s, %s, now() - make_interval(secs => %s))
@@ -71,6 +76,10 @@ class MaintenancePlan:
 
 class _Skipped(Exception):  # noqa: N818
     """A step had nothing to do, or only told what it would do."""
+
+
+class _NotPermitted(Exception):  # noqa: N818
+    """The role may not do this step."""
 
 
 class _Run:
@@ -102,7 +111,7 @@ class _Run:
             details = work()
         except _Skipped as exc:
             outcome, details = "skipped", str(exc)
-        except pg.InsufficientPrivilege as exc:
+        except (_NotPermitted, pg.InsufficientPrivilege) as exc:
             outcome, details = "not permitted", str(exc).strip()
         except psycopg.Error as exc:
             outcome, details = "failed", str(exc).strip()
@@ -146,6 +155,9 @@ class _Run:
             raise _Skipped("every vector index is valid")
         if self.plan.dry_run:
             raise _Skipped(f"dry run: would build the vector index of {', '.join(wanting)}")
+        [(may_build,)] = self.connection.execute(_OWNS_TABLES).fetchall()
+        if not may_build:
+            raise _NotPermitted(f"only the tables' owner may build the vector index of {', '.join(wanting)}")
         built = ensure_vector_indexes(self.connection, self.model)
         self.index_built = bool(built)
         return f"built {', '.join(built) or 'no index'}"
@@ -172,7 +184,8 @@ class _Run:
         if self.plan.dry_run:
             raise _Skipped(f"dry run: would vacuum away {dead} dead rows")
         [before] = self._row(_SIZE, table) or (0,)
-        self.connection.execute(sql.SQL("VACUUM (ANALYZE) {}").format(sql.Identifier(table)))
+        if warnings := vacuum(self.connection, table):
+            raise _NotPermitted("; ".join(warnings))
         [after] = self._row(_SIZE, table) or (0,)
         self.bytes_removed += max(0, before - after)
         return f"vacuumed {dead} dead rows away"

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-import psycopg
 
 from .engine import Database
 
@@ -20,6 +19,8 @@ logger = logging.getLogger("vectorkeep")
 _MAX_BUFFERED = 10_000
 _FLUSH_EVERY_S = 2.0
 
+# A table locked by somebody must not keep a connection from the callers, nor a store from closing.
+_DO_NOT_WAIT = "SET LOCAL lock_timeout = '500ms'"
 _INSERT = """
     INSERT INTO performance_metrics (operation, duration_ms, success, error_message, metadata, created_at)
     SELECT * FROM unnest(%s::text[], %s::float8[], %s::bool[], %s::text[], %s::jsonb[], %s::timestamptz[])
@@ -63,7 +64,7 @@ class MetricsRecorder:
         try:
             yield operation
         except BaseException as exc:
-            self._record(operation, f"{type(exc).__name__}: {exc}"[:500])
+            self._record(operation, _storable(f"{type(exc).__name__}: {exc}"[:500]))
             raise
         self._record(operation, None)
 
@@ -90,10 +91,11 @@ class MetricsRecorder:
         rows = [self._buffer.popleft() for _ in range(len(self._buffer))]
         try:
             if rows:
-                with self._database.connection() as connection:
+                with self._database.connection() as connection, connection.transaction():
+                    connection.execute(_DO_NOT_WAIT)
                     connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
             self._background()
-        except psycopg.Error as exc:
+        except Exception as exc:  # noqa: BLE001  (whatever it is, it must not end the thread or reach a caller)
             if not self._warned:
                 logger.warning("metrics.not_written", extra={"dropped": len(rows), "reason": str(exc).strip()})
             self._warned = True
@@ -106,3 +108,8 @@ class MetricsRecorder:
         if self._thread is not None:
             self._thread.join(timeout=5)
         self.flush()
+
+
+def _storable(text: str) -> str:
+    """`text` as PostgreSQL can hold it: an embedder's message may quote anything."""
+    return text.replace("\0", "").encode(errors="replace").decode()

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import psycopg
 from psycopg import Connection, sql
 from psycopg import errors as pg
 
 from .engine import Database
 from .transactions import LoggedWrite, WriteTransaction, run_write
 from .types import CleanupResult, Progress
+from .vacuum import vacuum
 
 FOREIGN_KEY = "chunks_document_id_fkey"
 _TABLES = ("chunks", "embeddings")
@@ -138,19 +138,7 @@ def _size(connection: Connection[Any]) -> int:
 
 
 def _vacuum(connection: Connection[Any], details: list[str]) -> bool:
-    """VACUUM (ANALYZE) both tables. Where the role may not, PostgreSQL only warns: so warnings are counted."""
-    warnings: list[str] = []
-
-    def note(diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.severity_nonlocalized == "WARNING":
-            warnings.append(diagnostic.message_primary or "")
-
-    connection.add_notice_handler(note)
-    try:
-        connection.execute("VACUUM (ANALYZE) chunks, embeddings")
-    finally:
-        connection.remove_notice_handler(note)
-    if warnings:
+    if warnings := vacuum(connection, *_TABLES):
         details.append(f"Vacuum not done: {'; '.join(warnings)}; run it as the owner of the tables")
         return False
     details.append("Vacuum completed")
