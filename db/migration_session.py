@@ -97,7 +97,7 @@ def _configure(connection: Connection, lock_timeout_s: float) -> dict[str, str]:
     }
     before = {}
     for name, value in wanted.items():
-        current = connection.execute(_SHOW, {"name": name}).scalar_one()
+        current: str | None = connection.execute(_SHOW, {"name": name}).scalar_one()
         if current is not None:
             before[name] = current
             connection.execute(_SET, {"name": name, "value": value})
