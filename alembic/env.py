@@ -14,12 +14,12 @@ from typing import Any
 
 import psycopg
 import sqlalchemy
+from alembic import context
 from alembic.util import CommandError
 from pgvector.sqlalchemy import VECTOR
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.types import TypeEngine
 
-from alembic import context
 from db.config import Settings, libpq_url
 from db.errors import SchemaError, VectorKeepError
 from db.migration_session import BlockerWatch, direct_engine, explained, migration_session

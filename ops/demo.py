@@ -1,10 +1,12 @@
 """`vectorkeep demo`: the main job on real text. Each step says what it shows, and fails where that is not so."""
 
+import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import db
@@ -62,8 +64,10 @@ def _place(options: Common) -> Iterator[Callable[[], db.VectorStore]]:
     with ExitStack() as stack:
         database_url, redis = options.database_url, redis_url(options)
         if database_url is None or redis is None:
-            servers = embedded.acquire(Settings.load({}).home / "demo")
+            home = Settings.load({}).home / "demo"
+            servers = embedded.acquire(home)
             stack.callback(servers.release)
+            stack.enter_context(_alone(home))
             database_url = database_url or servers.database_url
             redis = servers.redis_url if redis is None else redis
         if not redis:
@@ -74,6 +78,17 @@ def _place(options: Common) -> Iterator[Callable[[], db.VectorStore]]:
             upgrade(libpq_url(database_url))
         embedder = db.WordLlamaEmbedder()
         yield lambda: db.connect(database_url, redis, embedder=embedder, maintenance_url=None)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One demo at a time: what another one writes and deletes would make the claims of both untrue."""
+    with (home / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise db.BusyError(f"another demo is running in {home}; wait for it, or set VECTORKEEP_HOME") from exc
+        yield
 
 
 def _refuse_anothers(store: db.VectorStore) -> None:

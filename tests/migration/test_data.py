@@ -4,8 +4,8 @@ from hashlib import sha256
 
 import psycopg
 import pytest
-
 from alembic import command
+
 from db.errors import BusyError
 from db.migrate import alembic_config, current_revision, head_revision, upgrade
 

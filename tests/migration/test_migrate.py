@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import sqlalchemy
+from alembic import command
 from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from alembic import command
 from db.config import Settings
 from db.errors import BusyError, SchemaError, UnavailableError
 from db.migrate import alembic_config, current_revision, head_revision, require_head, upgrade

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from db import vectors
 from db.documents import MAX_KEY_BYTES, as_document, as_item, canonical_metadata, hash_item, prepare
-from db.errors import DimensionError, ValidationError
 from db.embedding_model import Model
+from db.errors import DimensionError, ValidationError
 from db.types import Document, DocumentChunk, Item
 
 
