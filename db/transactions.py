@@ -16,7 +16,7 @@ from psycopg import Cursor
 from psycopg import errors as pg
 
 from .engine import Database
-from .errors import is_transient
+from .errors import UnavailableError, is_transient
 from .locks import LOCK_CLASS, Purpose
 
 logger = logging.getLogger("vectorkeep")
@@ -123,12 +123,22 @@ def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
         raise exc.lost from None
 
 
+def _lock_writers(cursor: Cursor[Any]) -> None:
+    """Join the writers. A wait that is cut off is no refusal of what is to be written: it gets its own error."""
+    try:
+        cursor.execute(_LOCK_WRITERS, (LOCK_CLASS, int(Purpose.WRITERS)))
+    except pg.QueryCanceled as exc:
+        raise UnavailableError(
+            "writers are locked out by a session that keeps them all waiting; try again when it has finished"
+        ) from exc
+
+
 def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
     with database.connection() as connection:
         attempt: _Attempt | None = None
         try:
             with connection.transaction(), connection.cursor() as cursor:
-                cursor.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, int(Purpose.WRITERS)))
+                _lock_writers(cursor)
                 transaction = WriteTransaction(cursor)
                 outcome = work(transaction)
                 if not transaction.wrote:
