@@ -3,7 +3,7 @@
 Open a store with `connect`; everything else is a method of it.
 """
 
-from .embedder import CallableEmbedder, WordLlamaEmbedder
+from .embedder import CallableEmbedder, SentenceTransformersEmbedder, WordLlamaEmbedder
 from .errors import (
     BusyError,
     ClosedError,
@@ -16,6 +16,7 @@ from .errors import (
     ValidationError,
     VectorKeepError,
 )
+from .openai_embedder import OpenAIEmbedder
 from .store import VectorStore, connect
 from .types import (
     CleanupResult,
@@ -54,11 +55,13 @@ __all__ = [
     "Item",
     "MaintenanceIncomplete",
     "MaintenanceResult",
+    "OpenAIEmbedder",
     "PausedError",
     "Performance",
     "PermissionDeniedError",
     "SchemaError",
     "SearchResult",
+    "SentenceTransformersEmbedder",
     "Statistics",
     "Step",
     "StoredHash",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import platformdirs
@@ -78,11 +78,7 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, given: Mapping[str, Any]) -> Self:
         """Settings from `given` over the environment. Raises ValidationError that names each bad setting."""
-        try:
-            return cls(**given)
-        except pydantic.ValidationError as exc:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
-            raise ValidationError(f"bad settings: {problems}") from exc
+        return _loaded(cls, given)
 
     def direct_url(self) -> str | None:
         """The URL for maintenance in libpq's form, or None where the usual one serves."""
@@ -103,6 +99,39 @@ class Settings(BaseSettings):
             folder = quote(self.postgres_host, safe="")
             return f"postgresql://{at}/{database}?host={folder}&port={self.postgres_port}"
         return f"postgresql://{at}{self.postgres_host}:{self.postgres_port}/{database}"
+
+
+class OpenAISettings(BaseSettings):
+    """The OpenAI-compatible endpoint of the command line, each field from `VECTORKEEP_OPENAI_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="VECTORKEEP_OPENAI_", env_ignore_empty=True, extra="forbid")
+
+    base_url: str = "https://api.openai.com/v1"
+    api_key: pydantic.SecretStr | None = None
+    model: str
+    dimensions: int = Field(ge=1, le=16_000)
+    batch_size: int = Field(default=128, ge=1)
+    max_concurrency: int = Field(default=4, ge=1)
+    timeout_s: float = Field(default=30, gt=0)
+
+    @classmethod
+    def load(cls, given: Mapping[str, Any]) -> Self:
+        """Settings from `given` over the environment. Raises ValidationError that names each bad variable."""
+        return _loaded(cls, given, "VECTORKEEP_OPENAI_{}")
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def _loaded(kind: type[S], given: Mapping[str, Any], shown: str | None = None) -> S:
+    """`kind` from `given` and the environment; errors name a setting by its own name, or as `shown` says."""
+    try:
+        return kind(**given)
+    except pydantic.ValidationError as exc:
+        names = [".".join(map(str, error["loc"])) for error in exc.errors()]
+        names = [shown.format(name.upper()) for name in names] if shown else names
+        problems = "; ".join(f"{name}: {e['msg']}" for name, e in zip(names, exc.errors(), strict=True))
+        raise ValidationError(f"bad settings: {problems}") from exc
 
 
 def libpq_url(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Embedders: a function of the caller's, or the small packaged model, behind one protocol."""
+"""Embedders: a function of the caller's, the small packaged model, or a local one, behind one protocol."""
 
 import logging
 import os
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import OpenAISettings
 from .errors import DimensionError, ValidationError
+from .openai_embedder import OpenAIEmbedder
 from .types import Embedder
 
 _TOKENIZED_AT_ONCE = 64
@@ -47,9 +49,7 @@ class WordLlamaEmbedder:
     def __init__(self) -> None:
         """Raises ValidationError where the extra is not installed."""
         if find_spec("wordllama") is None:
-            raise ValidationError(
-                "the package wordllama is not installed; run: pip install 'vectorkeep[wordllama]'"
-            )
+            raise ValidationError("the package wordllama is not installed; run: pip install 'vectorkeep[wordllama]'")
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors of `texts`, float32, shape (len(texts), 256): the normalised mean of its tokens.
@@ -67,6 +67,60 @@ class WordLlamaEmbedder:
         return vectors
 
 
+class SentenceTransformersEmbedder:
+    """A model of the `sentence-transformers` extra: unit vectors, computed here.
+
+    Given by name it is loaded when the first text is embedded, else the instance is used as it is.
+    """
+
+    def __init__(
+        self, model: Any, *, model_id: str | None = None, dimensions: int | None = None, batch_size: int = 32
+    ) -> None:
+        """
+        model: a name or a folder, or a `SentenceTransformer`.
+        model_id: by default the name, or the folder's; an instance seldom knows its own.
+        dimensions: asked of the model, which loads it, where not given.
+
+        Raises ValidationError where the extra is not installed or the model has no name.
+        """
+        self._loading = threading.Lock()
+        self._batch_size = batch_size
+        if isinstance(model, str | Path):
+            if find_spec("sentence_transformers") is None:
+                raise ValidationError(
+                    "the package sentence-transformers is not installed; "
+                    "run: pip install 'vectorkeep[sentence-transformers]'"
+                )
+            self._name, self._model = str(model), None
+            name = Path(model).resolve().name if Path(model).is_dir() else str(model)
+        else:
+            self._name, self._model = "", model
+            name = _name_of_model(model)
+        self.model_id = model_id or name
+        if not self.model_id:
+            raise ValidationError("the model does not tell its name; give model_id, which names it for good")
+        self.dimensions = dimensions or _dimensions_of_model(self._loaded())
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors of `texts`, float32, shape (len(texts), dimensions). The model's exceptions pass through."""
+        returned = self._loaded().encode(
+            list(texts),
+            batch_size=self._batch_size,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        return _as_float32(returned, self.model_id)
+
+    def _loaded(self) -> Any:
+        with self._loading:
+            if self._model is None:
+                from sentence_transformers import SentenceTransformer  # here: it is an extra, and takes seconds
+
+                self._model = SentenceTransformer(self._name)
+            return self._model
+
+
 def embedder_by_name(name: str) -> Embedder:
     """The embedder that the command line calls `name`. Raises ValidationError that lists the known ones."""
     if name not in _BY_NAME:
@@ -74,7 +128,27 @@ def embedder_by_name(name: str) -> Embedder:
     return _BY_NAME[name]()
 
 
-_BY_NAME: dict[str, Callable[[], Embedder]] = {"wordllama": WordLlamaEmbedder}
+def configured_embedder() -> Embedder:
+    """The command line's embedder: `openai` where VECTORKEEP_OPENAI_MODEL names a model, else `wordllama`."""
+    return embedder_by_name("openai" if os.environ.get("VECTORKEEP_OPENAI_MODEL") else "wordllama")
+
+
+def _configured_openai() -> OpenAIEmbedder:
+    """What VECTORKEEP_OPENAI_BASE_URL, _MODEL, _DIMENSIONS and _API_KEY describe."""
+    settings = OpenAISettings.load({})
+    key = settings.api_key
+    return OpenAIEmbedder(
+        settings.base_url,
+        settings.model,
+        settings.dimensions,
+        api_key=key.get_secret_value() if key else None,
+        batch_size=settings.batch_size,
+        max_concurrency=settings.max_concurrency,
+        timeout_s=settings.timeout_s,
+    )
+
+
+_BY_NAME: dict[str, Callable[[], Embedder]] = {"openai": _configured_openai, "wordllama": WordLlamaEmbedder}
 
 
 def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -116,6 +190,24 @@ def _as_float32(returned: Any, model_id: str) -> NDArray[np.float32]:
         raise ValidationError(
             f"embedder {model_id!r} returned {type(returned).__name__} that is no array of numbers: {exc}"
         ) from exc
+
+
+def _name_of_model(model: Any) -> str:
+    """The name that a `SentenceTransformer` has of its own, "" where it does not tell.
+
+    Not its `base_model`: one that was trained further gives other vectors than that.
+    """
+    name = getattr(getattr(model, "model_card_data", None), "model_id", None)
+    return name if isinstance(name, str) else ""
+
+
+def _dimensions_of_model(model: Any) -> int:
+    # The older name is deprecated since version 5.
+    ask = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    dimensions = ask()
+    if dimensions is None:
+        raise ValidationError("the model does not tell the length of its vectors; give dimensions")
+    return int(dimensions)
 
 
 def _token_sum(table: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float32]:

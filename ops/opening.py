@@ -7,7 +7,7 @@ from typing import Any, Literal
 import db
 from db import embedded
 from db.config import Settings
-from db.embedder import embedder_by_name
+from db.embedder import configured_embedder
 
 from .command import Common
 
@@ -44,11 +44,12 @@ def target_url(options: Common) -> Iterator[str]:
 def text_embedder(store: db.VectorStore) -> db.Embedder:
     """What the commands embed texts with. Raises ValidationError where the store's vectors are of another model."""
     model = store.model
-    embedder = embedder_by_name(DEFAULT_EMBEDDER)
+    embedder = configured_embedder()
     if model is not None and model.model_id != embedder.model_id:
         raise db.ValidationError(
             f"the store's model is {model.model_id!r} ({model.dimensions} dimensions), and this command embeds texts "
-            f"only with {embedder.model_id!r}; ingest JSONL that has the vectors ('embedding'), or use the library: "
+            f"only with {embedder.model_id!r}; name another by VECTORKEEP_OPENAI_MODEL, ingest JSONL that has the "
+            "vectors ('embedding'), or use the library: "
             "db.connect(embedder=db.CallableEmbedder(function, model_id, dimensions))"
         )
     return embedder

