@@ -1,6 +1,7 @@
 """What lies in Redis is believed only where it proves itself: corrupt, swapped, evicted or pruned is a miss."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -35,6 +36,12 @@ def silent(database_url):
 
 def cached(store):
     return [store.search(QUERY, 3, **asked).cached for asked in ASKED]
+
+
+def in_thread(work):
+    """What `work` returns in a thread of its own, outside the caller's transaction."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result(30)
 
 
 def keys(store, kind):
@@ -80,13 +87,23 @@ def test_a_generation_that_is_not_ours_is_a_miss_and_no_error(filled, token):
 
 def test_the_answer_to_another_question_is_a_miss(filled):
     client = filled.cache_client
-    names = keys(filled, "q")
-    values = [client.get(name) for name in names]
-    for name, value in zip(names, values[1:] + values[:1], strict=True):
-        client.set(name, value, ex=600)
-    results = [filled.search(QUERY, 3, **asked) for asked in ASKED]
-    assert [r.cached for r in results] == [False] * 4
-    assert [h.id for h in results[0]] == ["a"]
+    before = set(keys(filled, "q"))
+    for source in ("a", "b"):
+        filled.search(QUERY, 1, where={"version": {"$gte": 0}}, source_id=source)
+        filled.search(QUERY, 2, where={"version": {"$gte": 1}}, source_id=source)
+    one, two, three, four = set(keys(filled, "q")) - before
+    values = {name: client.get(name) for name in (one, two, three, four)}
+    for source in ("a", "b"):
+        assert filled.search(QUERY, 1, where={"version": {"$gte": 0}}, source_id=source).cached
+    for name, other in ((one, two), (two, three), (three, four), (four, one)):
+        client.set(name, values[other], ex=600)
+    for source in ("a", "b"):
+        some = filled.search(QUERY, 1, where={"version": {"$gte": 0}}, source_id=source)
+        none = filled.search(QUERY, 2, where={"version": {"$gte": 1}}, source_id=source)
+        assert [h.id for h in some] == [source]
+        assert list(none) == []
+        assert not some.cached
+        assert not none.cached
 
 
 @pytest.mark.parametrize("consistency", ["strict", "bounded"])
@@ -149,18 +166,19 @@ def test_a_prune_spares_answers_that_it_cannot_touch(filled, sql):
     assert cached(filled) == [True] * 4
 
 
-def test_a_slow_writer_whose_log_row_is_pruned_still_ends_the_answer(filled, sql):
-    with filled.transaction() as connection:
+def test_a_slow_writer_whose_log_row_is_pruned_still_ends_the_answer(filled, silent, sql):
+    with silent.transaction() as connection:
         connection.execute(text("UPDATE embeddings SET text = 'slow' WHERE id = 'a'"))
-        filled.record_write(connection, sources=["a"], workspaces=["w"])
-        thread = threading.Thread(target=lambda: (filled.maintain(skip_compaction=True), cached(filled)))
-        sql(LONG_AGO)
-        thread.start()
-        thread.join(30)
-    sql(LONG_AGO)
-    filled.cache_client.delete(*keys(filled, "g"))
+        silent.record_write(connection, sources=["a"], workspaces=["w"])
+        connection.execute(text(LONG_AGO))
+        sql("SELECT pg_current_xact_id()")  # begun later and finished: beyond the writer, seen by the search
+        answers = [in_thread(lambda: filled.search(QUERY, 2, source_id="a")) for _ in range(2)]
+        assert [(a.cached, a[0].text) for a in answers] == [(False, "a"), (True, "a")]
     filled.maintain(skip_compaction=True, skip_index=True)
-    assert filled.search(QUERY, 3, source_id="a")[0].text == "slow"
+    assert sql("SELECT count(*) FROM write_log") == [(0,)]
+    result = filled.search(QUERY, 2, source_id="a")
+    assert not result.cached
+    assert result[0].text == "slow"
 
 
 def test_a_log_restored_from_another_cluster_does_not_keep_the_cache_off_for_ever(filled, sql):
