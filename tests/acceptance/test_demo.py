@@ -1,3 +1,4 @@
+import fcntl
 import re
 from importlib.util import find_spec
 
@@ -83,10 +84,15 @@ def test_a_claim_that_does_not_hold_fails_the_demo(database_url, tmp_path):
 @pytest.mark.skipif(not HAS_EMBEDDED, reason="needs the embedded extra")
 def test_the_demo_starts_servers_of_its_own_whatever_the_environment_names(database_url, tmp_path_factory):
     home = tmp_path_factory.mktemp("h", numbered=True)
-    ran = run_command(
-        "demo", "--json", env=environment(VECTORKEEP_HOME=str(home), VECTORKEEP_DATABASE_URL=database_url)
-    )
+    env = environment(VECTORKEEP_HOME=str(home), VECTORKEEP_DATABASE_URL=database_url)
+    ran = run_command("demo", "--json", env=env)
     assert ran.code == 0, ran.err
     assert ran.json["location"].startswith("postgresql://postgres@/")
     with psycopg.connect(database_url) as connection:
         assert connection.execute("SELECT count(*) FROM embeddings").fetchone() == (0,)
+
+    with (home / "demo" / "demo.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = run_command("demo", env=env)
+    assert second.code == 7
+    assert "another demo is running" in second.err
