@@ -95,7 +95,8 @@ class Ingestion:
         changed = self._changed_items(items, embedder.model_id)
         tally.add({item.id: "unchanged" for item in items if item.id not in changed})
         to_embed = [item for item in items if item.id in changed and not changed[item.id].vector_stays]
-        embedded = embedder.embed_items(to_embed)
+        stored = {id_ for id_, change in changed.items() if change.stored}
+        embedded = embedder.embed_items(to_embed, stored)
         documents = []
         for item in items:
             if item.id not in changed:
@@ -104,7 +105,7 @@ class Ingestion:
                 documents.append(document_of(item, embedded.get(item.id), self.model))
             except ValidationError as exc:
                 tally.fail(item.id, str(exc))
-        return self._batch(documents, {id_ for id_, change in changed.items() if change.stored})
+        return self._batch(documents, stored)
 
     def _changed_documents(self, documents: Sequence[PreparedDocument], tally: Tally) -> UpsertBatch:
         """Those of `documents` that differ from what is stored."""

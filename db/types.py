@@ -93,7 +93,11 @@ class UpsertResult:
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
-    """Counts of an `embed_batch` or a `sync`. `embedded` is the number of texts sent to the embedder."""
+    """Counts of an `embed_batch` or a `sync`.
+
+    Of the texts whose vectors were needed, `embedded` were sent to the embedder and `cache_hits` were known:
+    to the vector cache, or to a chunk stored of the same documents.
+    """
 
     inserted: int
     updated: int
