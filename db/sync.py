@@ -31,7 +31,8 @@ _UNSEEN = """
     WHERE source_id = %s AND NOT EXISTS (SELECT FROM vectorkeep_seen AS seen WHERE seen.id = embeddings.id)
     ORDER BY id LIMIT %s
 """
-_STILL_THERE = "SELECT id FROM embeddings WHERE id = ANY(%s) AND source_id = %s"
+# Locked, in order of id: one that another writer is moving right now is waited for and read again.
+_STILL_THERE = "SELECT id FROM embeddings WHERE id = ANY(%s) AND source_id = %s ORDER BY id FOR UPDATE"
 
 
 class SourceSync:
