@@ -5,7 +5,7 @@ indexes are built online. A loader that dies leaves no lock and a missing index:
 `maintain`, builds it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -39,7 +39,7 @@ def bulk_load(database: Database, model: StoreModel) -> Iterator[None]:
 
     Raises BusyError where another load runs.
     """
-    with database.maintenance() as connection, _loading(connection, model, INDEXED_TABLES):
+    with database.maintenance() as connection, _loading(connection, model, lambda: INDEXED_TABLES):
         yield
 
 
@@ -52,20 +52,24 @@ def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iter
     """
     with ExitStack() as stack:
         if inputs is None or inputs >= AUTO_MIN_INPUTS:
-            tables = _loadable_tables(database)
-            if tables:
+            with database.connection() as pooled:
+                worth_it = _loadable_tables(pooled)
+            if worth_it:
                 connection = stack.enter_context(database.maintenance())
                 # Where another load runs, or a stranger holds the table, rows are written beside the index.
                 with suppress(BusyError, pg.LockNotAvailable):
-                    stack.enter_context(_loading(connection, model, tables))
+                    # Asked again under the lock: another load may have filled the tables meanwhile.
+                    stack.enter_context(_loading(connection, model, lambda: _loadable_tables(connection)))
         yield
 
 
 @contextmanager
-def _loading(connection: Connection[Any], model: StoreModel, tables: tuple[Table, ...]) -> Iterator[None]:
+def _loading(
+    connection: Connection[Any], model: StoreModel, choose_tables: Callable[[], tuple[Table, ...]]
+) -> Iterator[None]:
     with advisory_lock(connection, Purpose.BULK_LOAD, wait_s=0):
-        drop_vector_indexes(connection, tables)
-        try:
+        try:  # from here on: one index may be dropped where the other cannot be
+            drop_vector_indexes(connection, choose_tables())
             with model.indexes_deferred():
                 yield
         finally:
@@ -73,7 +77,6 @@ def _loading(connection: Connection[Any], model: StoreModel, tables: tuple[Table
                 ensure_vector_indexes(connection, model.registered)
 
 
-def _loadable_tables(database: Database) -> tuple[Table, ...]:
-    with database.connection() as connection:
-        row = connection.execute(_LOADABLE).fetchone()
+def _loadable_tables(connection: Connection[Any]) -> tuple[Table, ...]:
+    row = connection.execute(_LOADABLE).fetchone()
     return tuple(table for table, loadable in zip(INDEXED_TABLES, row or (), strict=False) if loadable)

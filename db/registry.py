@@ -115,11 +115,13 @@ class StoreModel:
     @contextmanager
     def indexes_deferred(self) -> Iterator[None]:
         """Inside, registering a model builds no indexes: a bulk load does, at its end."""
-        self._deferring += 1
+        with self._lock:
+            self._deferring += 1
         try:
             yield
         finally:
-            self._deferring -= 1
+            with self._lock:
+                self._deferring -= 1
 
     def encode(self, value: Any) -> bytes:
         """`value` checked against the model, in binary form; the first vector ever registers the model.

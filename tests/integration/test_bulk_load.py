@@ -1,0 +1,334 @@
+"""Bulk loads: rows first, indexes after; no index in use is lost, no search is silently empty, no crash is for good."""
+
+import logging
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+
+import db
+from db import bulk_load, vector_index
+
+MANY = bulk_load.AUTO_MIN_INPUTS
+INDEXES = {"embeddings_vector_idx": True, "chunks_vector_idx": True}
+
+
+def documents(count, prefix="d"):
+    vectors = np.random.default_rng(len(prefix) + count).standard_normal((count, 8)).astype(np.float32)
+    return [{"id": f"{prefix}{n}", "text": f"{prefix} {n}", "embedding": v} for n, v in enumerate(vectors)]
+
+
+def with_chunks(given):
+    return [{**d, "chunks": [{"text": d["text"], "embedding": d["embedding"]}]} for d in given]
+
+
+@pytest.fixture
+def indexes(sql):
+    """`indexes()` gives the vector indexes that there are, and whether each is valid."""
+
+    def read():
+        return dict(
+            sql("""
+                SELECT indexrelid::regclass::text, indisvalid FROM pg_index
+                WHERE indexrelid::regclass::text LIKE '%%\\_vector\\_idx'
+            """)
+        )
+
+    return read
+
+
+@pytest.fixture
+def registered(store, indexes):
+    """A store whose model is registered, its indexes made, without any row."""
+    store.batch_upsert([*documents(1)])
+    store.delete(["d0"])
+    assert indexes() == INDEXES
+    return store
+
+
+def index_oids(sql):
+    return sql("SELECT relname, oid, relfilenode FROM pg_class WHERE relname LIKE '%%\\_vector\\_idx' ORDER BY 1")
+
+
+def assert_finds(store, given, level="documents"):
+    """Every document is its own nearest, through the index or not."""
+    for document in given[:: max(1, len(given) // 7)]:
+        [hit] = store.search(document["embedding"], k=1, level=level)
+        assert hit.document_id == document["id"]
+
+
+@pytest.mark.every_server
+def test_into_an_empty_store_rows_come_first_and_searches_meanwhile_see_all(registered, indexes, sql):
+    given, during = documents(MANY + 500), []
+
+    def look(done, total):
+        found = registered.search(given[done - 1]["embedding"], k=done)
+        during.append((indexes(), found.exact, found.complete, len(found), found[0].id == given[done - 1]["id"]))
+
+    result = registered.batch_upsert(given, batch_size=500, on_progress=look)
+    assert (result.inserted, result.failed) == (MANY + 500, 0)
+    assert during == [({}, True, True, done, True) for done in (500, 1000, 1500)]
+    assert indexes() == INDEXES
+    assert_finds(registered, given)
+    assert not registered.search(given[0]["embedding"], k=1).exact
+    built = sql("SELECT index_name, rows FROM index_builds WHERE rows > 0")
+    assert built == [("embeddings_vector_idx", MANY + 500)]
+
+
+def test_the_first_call_ever_loads_and_then_builds(store, indexes):
+    given, during = with_chunks(documents(MANY)), []
+    store.batch_upsert(given, batch_size=500, on_progress=lambda *_: during.append(indexes()))
+    assert during == [{}, {}]
+    assert indexes() == INDEXES
+    assert_finds(store, given)
+    assert_finds(store, given, level="chunks")
+
+
+def test_an_iterable_of_unknown_length_is_loaded_too(registered, indexes):
+    during = []
+    registered.batch_upsert(iter(documents(20)), on_progress=lambda *_: during.append(indexes()))
+    assert during == [{}]
+    assert indexes() == INDEXES
+
+
+def test_embed_batch_loads_so_too(registered, indexes):
+    def embed(texts):
+        during.append(indexes())
+        return np.random.default_rng(1).standard_normal((len(texts), 8))
+
+    during = []
+    items = [db.Item(f"i{n}", f"text {n}") for n in range(MANY)]
+    registered.embed_batch(items, embedder=db.CallableEmbedder(embed, "test-model", 8))
+    assert during == [{}]
+    assert indexes() == INDEXES
+
+
+def test_few_rows_are_written_beside_the_index(registered, indexes):
+    during = []
+    registered.batch_upsert(documents(MANY - 1), on_progress=lambda *_: during.append(indexes()))
+    assert during == [INDEXES]
+
+
+def test_an_index_in_use_is_never_dropped_by_itself(registered, indexes, sql):
+    registered.batch_upsert(with_chunks(documents(1)))
+    before, during = index_oids(sql), []
+    registered.batch_upsert(documents(MANY, "new"), on_progress=lambda *_: during.append(indexes()))
+    assert during == [INDEXES]
+    assert index_oids(sql) == before
+
+
+def test_a_table_in_use_keeps_its_index_where_the_other_is_empty(registered, indexes):
+    registered.batch_upsert(documents(1))
+    during = []
+    registered.batch_upsert(with_chunks(documents(MANY, "n")), on_progress=lambda *_: during.append(indexes()))
+    assert during == [{"embeddings_vector_idx": True}]
+    assert indexes() == INDEXES
+
+
+def test_a_table_that_was_filled_just_before_the_load_keeps_its_index(
+    registered, indexes, sql, database_url, redis_url, monkeypatch
+):
+    look, oids, during = bulk_load._loadable_tables, [], []
+
+    def overtaken(connection):
+        found = look(connection)
+        if not oids:  # between this look and the lock another loader does all of its work
+            oids.append(None)
+            with db.connect(database_url, redis_url) as other:
+                other.batch_upsert(with_chunks(documents(MANY, "other")))
+            oids[0] = index_oids(sql)
+        return found
+
+    monkeypatch.setattr(bulk_load, "_loadable_tables", overtaken)
+    registered.batch_upsert(documents(MANY), on_progress=lambda *_: during.append(indexes()))
+    assert during == [INDEXES]
+    assert index_oids(sql) == oids[0]
+
+
+def test_where_one_index_cannot_be_dropped_the_other_is_there_again(registered, indexes, admin, monkeypatch):
+    monkeypatch.setattr(vector_index, "_LOCK_TIMEOUT_MS", 200)
+    with admin.transaction():
+        admin.execute("LOCK TABLE chunks IN ACCESS SHARE MODE")
+        result = registered.batch_upsert(documents(MANY))
+    assert result.inserted == MANY
+    assert indexes() == INDEXES
+
+
+def test_an_explicit_load_drops_indexes_in_use_and_builds_them_again(registered, indexes, sql):
+    first = with_chunks(documents(1200))
+    registered.batch_upsert(first)
+    before = index_oids(sql)
+    with registered.bulk_load():
+        assert indexes() == {}
+        found = registered.search(first[7]["embedding"], k=3)
+        assert (found[0].id, found.exact, found.complete, len(found)) == ("d7", True, True, 3)
+        registered.batch_upsert(documents(3, "few"))
+        assert indexes() == {}
+    assert indexes() == INDEXES
+    assert not {row[2] for row in before} & {row[2] for row in index_oids(sql)}
+    assert_finds(registered, first)
+
+
+def test_a_load_that_raises_builds_all_the_same(registered, indexes):
+    def load():
+        with registered.bulk_load():
+            registered.batch_upsert(documents(10))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        load()
+    assert indexes() == INDEXES
+    assert len(registered.get([f"d{n}" for n in range(10)])) == 10
+
+
+def test_inputs_that_raise_half_way_build_all_the_same(registered, indexes):
+    def broken():
+        yield from documents(600)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        registered.batch_upsert(broken(), batch_size=500)
+    assert indexes() == INDEXES
+    assert len(registered.get([f"d{n}" for n in range(600)])) == 500
+
+
+def test_a_second_load_is_told_who_runs_the_first_and_large_writes_go_on(registered, indexes, database_url, redis_url):
+    with db.connect(database_url, redis_url) as other, registered.bulk_load():
+        with pytest.raises(db.BusyError, match=r"bulk_load is locked by process \d+"), other.bulk_load():
+            pytest.fail("two loads at once")
+        assert indexes() == {}
+        assert other.batch_upsert(documents(MANY)).inserted == MANY
+        assert indexes() == {}
+    assert indexes() == INDEXES
+    assert_finds(registered, documents(MANY))
+
+
+def test_workers_that_fill_an_empty_store_at_once_lose_nothing(indexes, sql, database_url, redis_url):
+    everything = documents(1500)
+    start = threading.Barrier(3)
+
+    def work(number):
+        mine = everything[number * 250 : number * 250 + 1000]
+        with db.connect(database_url, redis_url, model_id="test-model", dimensions=8) as store:
+            start.wait(30)
+            return store.batch_upsert(mine if number != 1 else mine[::-1], batch_size=100)
+
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(work, range(3)))
+    assert [r.errors for r in results] == [[], [], []]
+    assert sum(r.inserted for r in results) == 1500
+    assert sum(r.inserted + r.unchanged for r in results) == 3000
+    assert sql("SELECT count(*), count(embedding) FROM embeddings") == [(1500, 1500)]
+    assert indexes() == INDEXES
+    with db.connect(database_url, redis_url) as store:
+        assert_finds(store, everything)
+
+
+LOADER = """
+import sys
+sys.path.insert(0, sys.argv[3])
+import db, test_bulk_load
+store = db.connect(sys.argv[1], sys.argv[2], model_id="test-model", dimensions=8)
+def told(done, total):
+    print("loaded", flush=True)
+    sys.stdin.read()
+store.batch_upsert(test_bulk_load.documents(1200), batch_size=1200, on_progress=told)
+"""
+
+
+@pytest.fixture
+def left_by_a_killed_loader(registered, database_url, redis_url, sql, until, indexes):
+    """A store whose loader was killed after its rows were written, before it built the indexes."""
+    root = Path(__file__).parents[2]
+    loader = subprocess.Popen(
+        [sys.executable, "-c", LOADER, database_url, redis_url, str(Path(__file__).parent)],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert loader.stdout.readline() == "loaded\n"
+    finally:
+        loader.kill()
+        loader.communicate(timeout=30)
+    until(lambda: sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 5") == [(0,)])
+    assert indexes() == {}
+    return registered
+
+
+def test_a_killed_loader_leaves_a_store_that_is_searched_exactly(left_by_a_killed_loader):
+    given = documents(1200)
+    found = left_by_a_killed_loader.search(given[3]["embedding"], k=5)
+    assert (found[0].id, found.exact, found.complete, len(found)) == ("d3", True, True, 5)
+
+
+def test_the_next_large_write_finishes_what_a_killed_loader_left(left_by_a_killed_loader, indexes):
+    left_by_a_killed_loader.batch_upsert(documents(1, "one"))
+    assert indexes() == {}
+    left_by_a_killed_loader.batch_upsert(documents(1200))
+    assert indexes() == INDEXES
+    assert_finds(left_by_a_killed_loader, documents(1200))
+
+
+def test_maintain_finishes_what_a_killed_loader_left(left_by_a_killed_loader, indexes):
+    assert left_by_a_killed_loader.maintain().index_rebuilt
+    assert indexes() == INDEXES
+
+
+def test_an_invalid_index_is_built_anew(registered, indexes, sql):
+    registered.batch_upsert(documents(1200))
+    sql("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_vector_idx'::regclass")
+    assert registered.search(documents(1200)[0]["embedding"], k=1).exact
+    registered.batch_upsert(documents(MANY, "more"))
+    assert indexes() == INDEXES
+
+
+@pytest.fixture
+def plain_url(registered, database_url, sql):
+    """The database, as a role that may write and read it and owns nothing."""
+    [(role,)] = sql("SELECT current_database() || '_plain'")
+    sql(f"CREATE ROLE {role} LOGIN PASSWORD 'plain'")
+    for kind in ("TABLES", "SEQUENCES"):
+        sql(f"GRANT ALL ON ALL {kind} IN SCHEMA public TO {role}")
+    sql(f"GRANT EXECUTE ON FUNCTION pg_control_system() TO {role}")
+    yield psycopg.conninfo.make_conninfo(database_url, user=role, password="plain")
+    sql(f"DROP OWNED BY {role}")
+    sql(f"DROP ROLE {role}")
+
+
+def test_a_role_that_may_not_build_just_writes(plain_url, database_url, indexes, sql):
+    before = index_oids(sql)
+    parts = psycopg.conninfo.conninfo_to_dict(plain_url)
+    url = f"postgresql://{parts['user']}:plain@{parts['host']}:{parts.get('port', 5432)}/{parts['dbname']}"
+    with db.connect(url, False) as store:
+        result = store.batch_upsert(documents(MANY))
+        assert (result.inserted, result.failed) == (MANY, 0)
+        with pytest.raises(db.PermissionDeniedError), store.bulk_load():
+            pytest.fail("it may not drop indexes")
+    assert index_oids(sql) == before
+    assert indexes() == INDEXES
+
+
+def test_a_build_that_outgrows_its_memory_is_reported_with_the_figure_that_fits(registered, sql, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+    monkeypatch.setattr(vector_index, "_MAX_BUILD_MB", 1)
+    [(database,)] = sql("SELECT current_database()")
+    sql(f"ALTER DATABASE {database} SET maintenance_work_mem = '1MB'")
+    registered.batch_upsert(documents(3000), batch_size=3000)
+    [told] = [r for r in caplog.records if r.getMessage() == "vector_index.build_outgrew_memory"]
+    assert "no longer fits into maintenance_work_mem" in told.notice
+    assert told.maintenance_work_mem_needed_mb == vector_index.build_memory_mb(registered.model, 3000) == 66
+
+
+def test_a_build_gets_the_memory_it_needs(registered, sql, caplog):
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+    [(database,)] = sql("SELECT current_database()")
+    sql(f"ALTER DATABASE {database} SET maintenance_work_mem = '1MB'")
+    registered.batch_upsert(documents(3000), batch_size=3000)
+    assert not [r for r in caplog.records if "memory" in r.getMessage()]
