@@ -3,7 +3,7 @@
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal, LiteralString
 
 from psycopg import Cursor, sql
 from psycopg import errors as pg
@@ -32,13 +32,17 @@ _UPDATE = sql.SQL("""
     SET source_id = given.source_id, workspace = given.workspace, text = given.text,
         text_hash = given.text_hash, content_hash = given.content_hash, metadata = given.metadata,
         created_at = coalesce(given.created_at, stored.created_at), updated_at = given.updated_at
-        {and_vector} {and_chunks}
+        {vector} {chunks}
     FROM vectorkeep_documents AS given
     WHERE stored.id = given.id AND given.id = ANY(%s)
 """)
-_AND_VECTOR = sql.SQL(", embedding = given.embedding, vector_hash = given.vector_hash, model_id = given.model_id")
-_AND_CHUNKS = sql.SQL(", chunks_hash = given.chunks_hash")
-_NOTHING = sql.SQL("")
+_NEW_VECTOR: Final = ", embedding = given.embedding, vector_hash = given.vector_hash, model_id = given.model_id"
+_EQUAL_VECTOR: Final = ", model_id = given.model_id"
+# A vector that stays while the text changes is no longer that model's vector of the text: `embed_batch` must not
+# take it for one.
+_KEPT_VECTOR: Final = ", model_id = CASE WHEN stored.text_hash = given.text_hash THEN stored.model_id END"
+_NEW_CHUNKS: Final = ", chunks_hash = given.chunks_hash"
+_KEPT_CHUNKS: Final = ""
 
 _MOVE_CHUNKS = """
     UPDATE chunks SET source_id = document.source_id, workspace = document.workspace
@@ -203,15 +207,20 @@ def _update_stored(
     create_staging(cursor)
     cursor.execute("TRUNCATE vectorkeep_documents")
     stage_documents(cursor, documents, model_id, now)
-    shapes: dict[tuple[bool, bool], list[str]] = {}
+    shapes: dict[tuple[LiteralString, LiteralString], list[str]] = {}
     for document in documents:
-        shape = (stored[document.id].vector_differs(document), document.chunks is not None)
+        shape = _vector_part(document, stored[document.id]), _KEPT_CHUNKS if document.chunks is None else _NEW_CHUNKS
         shapes.setdefault(shape, []).append(document.id)
     for (vector, chunks), ids in shapes.items():
-        statement = _UPDATE.format(
-            and_vector=_AND_VECTOR if vector else _NOTHING, and_chunks=_AND_CHUNKS if chunks else _NOTHING
-        )
+        statement = _UPDATE.format(vector=sql.SQL(vector), chunks=sql.SQL(chunks))
         cursor.execute(statement, (ids,))
+
+
+def _vector_part(document: PreparedDocument, stored: StoredRow) -> LiteralString:
+    """What the update of a stored row says about its vector."""
+    if not document.vector_given:
+        return _KEPT_VECTOR
+    return _NEW_VECTOR if stored.vector_differs(document) else _EQUAL_VECTOR
 
 
 def _chunks_of_updated(

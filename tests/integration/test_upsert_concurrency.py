@@ -99,8 +99,10 @@ def test_deletions_between_upserts_leave_no_part_behind(store, sql):
 
     with ThreadPoolExecutor(3) as threads:
         deleting = threads.submit(delete)
-        totals = list(threads.map(lambda writer: upsert_at_random(store, writer), "ab"))
-        stop.set()
+        try:
+            totals = list(threads.map(lambda writer: upsert_at_random(store, writer), "ab"))
+        finally:
+            stop.set()
         deleting.result()
     assert sum(t["failed"] for t in totals) == 0
     for document in store.get(IDS):
