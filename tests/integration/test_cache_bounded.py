@@ -23,6 +23,13 @@ def version(result):
     return result[0].metadata["version"]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
+    monkeypatch.setattr(query_cache, "_CONNECT_TIMEOUT_S", 10)
+    monkeypatch.setattr(query_cache, "_TIMEOUT_S", 10)
+
+
 @pytest.fixture
 def opened(database_url, redis_url):
     """Open stores on this test's servers; all are closed in the end."""

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 
 import db
+from db import query_cache
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 ASKED = [{"source_id": "a"}, {"source_id": "b"}, {"workspace": "w"}, {}]
@@ -17,6 +18,13 @@ LONG_AGO = "UPDATE write_log SET created_at = now() - interval '1 day'"
 def doc(id_, source, version=0, workspace="w"):
     metadata = {"workspace": workspace, "version": version}
     return {"id": id_, "text": id_, "source_id": source, "metadata": metadata, "embedding": QUERY}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
+    monkeypatch.setattr(query_cache, "_CONNECT_TIMEOUT_S", 10)
+    monkeypatch.setattr(query_cache, "_TIMEOUT_S", 10)
 
 
 @pytest.fixture
@@ -217,13 +225,11 @@ def test_reads_during_maintenance_are_never_stale(filled, database_url):
 
 def test_the_check_of_an_answer_reads_the_log_by_its_index(filled, sql):
     """Also where the plan was made for any snapshot, over a long log that lies in no order."""
-    from db.query_cache import _STILL_TRUE
-
     sql("""INSERT INTO write_log (xid, tags)
            SELECT g::text::xid8, ARRAY['store', 'source:x'] FROM generate_series(1, 5000) AS g ORDER BY random()""")
     sql("ANALYZE write_log")
     snapshot = sql("SELECT pg_current_snapshot()::text")[0][0]
-    statement = _STILL_TRUE.decode().replace("%(snapshot)s", "$1").replace("%(tags)s", "$2")
+    statement = query_cache._STILL_TRUE.decode().replace("%(snapshot)s", "$1").replace("%(tags)s", "$2")
     for mode in ("force_generic_plan", "force_custom_plan"):
         sql(f"SET plan_cache_mode = {mode}")
         sql(f"PREPARE {mode} (text, text[]) AS {statement}")

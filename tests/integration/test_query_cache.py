@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 
 import db
+from db import query_cache
 from db.errors import ValidationError
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
@@ -55,6 +56,13 @@ def warm(store):
 
 def still_cached(store):
     return {name for name, asked in ASKED.items() if search(store, **asked).cached}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
+    monkeypatch.setattr(query_cache, "_CONNECT_TIMEOUT_S", 10)
+    monkeypatch.setattr(query_cache, "_TIMEOUT_S", 10)
 
 
 @pytest.fixture
@@ -231,13 +239,13 @@ def in_thread(work):
 
 def test_an_answer_computed_before_a_write_and_stored_after_it_is_never_served(store, monkeypatch):
     fill(store)
-    write = db.query_cache.QueryCache.store
+    write = query_cache.QueryCache.store
 
     def late(cache, slot, result, snapshot):
         in_thread(lambda: store.batch_upsert([doc("late", "a", "w", value=9)]))
         write(cache, slot, result, snapshot)
 
-    monkeypatch.setattr(db.query_cache.QueryCache, "store", late)
+    monkeypatch.setattr(query_cache.QueryCache, "store", late)
     computed = search(store, source_id="a", exact=True)
     monkeypatch.undo()
     assert "late" not in {hit.id for hit in computed}
