@@ -1,0 +1,78 @@
+"""The model of a store: registered by the first vector, and kept from then on."""
+
+import pytest
+
+import db
+from db import SchemaError
+
+
+def doc(id_, text="text", **parts):
+    return {"id": id_, "text": text, **parts}
+
+
+def counts(result):
+    return {
+        name: getattr(result, name)
+        for name in ("inserted", "updated", "unchanged", "superseded", "failed")
+        if getattr(result, name)
+    }
+
+
+def test_the_first_vector_registers_the_model_with_its_indexes(database_url, redis_url, sql):
+    with db.connect(database_url, redis_url, model_id="first", distance="l2") as store:
+        store.batch_upsert([doc("a", embedding=[1.0, 2.0, 3.0])])
+        assert (store.model.model_id, store.model.dimensions, store.model.distance) == ("first", 3, "l2")
+    assert sql("SELECT model_id, dimensions, distance, active FROM embedding_models") == [("first", 3, "l2", True)]
+    assert sql("SELECT count(*) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_vector_idx' AND indisvalid") == [
+        (2,)
+    ]
+    assert sql("SELECT model_id FROM embeddings") == [("first",)]
+
+
+def test_an_invalid_first_vector_registers_nothing(database_url, redis_url, sql):
+    with db.connect(database_url, redis_url) as store:
+        assert counts(store.batch_upsert([doc("a", embedding=[0.0, 0.0]), doc("b", embedding=["x"])])) == {"failed": 2}
+        assert store.model is None
+    assert sql("SELECT count(*) FROM embedding_models") == [(0,)]
+
+
+def test_a_second_model_is_refused_every_time_and_writes_nothing(database_url, redis_url, sql):
+    with db.connect(database_url, redis_url, model_id="second", dimensions=3) as late:
+        with db.connect(database_url, redis_url, model_id="first", dimensions=3) as first:
+            first.batch_upsert([doc("a", embedding=[1.0, 0.0, 0.0])])
+        for _ in range(2):
+            with pytest.raises(SchemaError, match="the store's model is 'first', not 'second'"):
+                late.batch_upsert([doc("b", embedding=[0.0, 1.0, 0.0])])
+            with pytest.raises(SchemaError, match="'first', not 'second'"):
+                late.search([0.0, 1.0, 0.0])
+    assert sql("SELECT id FROM embeddings") == [("a",)]
+    with pytest.raises(SchemaError, match="'first', not 'second'"):
+        db.connect(database_url, redis_url, model_id="second")
+
+
+@pytest.mark.parametrize("distance", ["l2", "inner_product"])
+def test_vectors_that_the_index_cannot_hold_are_refused(database_url, redis_url, distance):
+    with db.connect(database_url, redis_url, distance=distance) as store:
+        result = store.batch_upsert([doc("fits", embedding=[65_504.0, 1.0]), doc("beyond", embedding=[65_505.0, 1.0])])
+        assert counts(result) == {"inserted": 1, "failed": 1}
+        assert result.errors == [
+            ("beyond", "vector has a component beyond ±65504, which its halfvec index cannot hold")
+        ]
+        assert [hit.id for hit in store.search([65_504.0, 1.0])] == ["fits"]
+
+
+def test_a_role_that_may_not_write_is_told_so(store, sql):
+    [(name,)] = sql("SELECT current_database()")
+    role = f"{name}_reader"
+    sql(f"CREATE ROLE {role}")
+    try:
+        sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+        sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET role = {role}")
+        store.pool.drain()
+        with pytest.raises(db.PermissionDeniedError, match="permission denied for table embeddings; grant the role"):
+            store.batch_upsert([doc("a")])
+        assert store.get(["a"]) == []
+    finally:
+        sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET role")
+        sql(f"DROP OWNED BY {role}")
+        sql(f"DROP ROLE {role}")
