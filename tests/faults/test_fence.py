@@ -59,9 +59,10 @@ class Server:
         self.url = self.use.database_url
 
     def crash(self):
+        """Stop every process at once, the main one too, and start again."""
         with psycopg.connect(self.url) as connection:
             [pid] = connection.execute("SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int").fetchone()
-        os.kill(pid, signal.SIGQUIT)  # immediate: every process exits at once, nothing is written
+        os.kill(pid, signal.SIGQUIT)
         deadline = time.monotonic() + 30
         while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
             assert time.monotonic() < deadline, "the server did not stop"
@@ -69,6 +70,23 @@ class Server:
         crashed, self.use = self.use, None
         self.start()
         crashed.release()
+
+    def kill_a_backend(self):
+        """The main process lives on, ends all others and recovers."""
+        with psycopg.connect(self.url) as connection:
+            os.kill(connection.info.backend_pid, signal.SIGKILL)
+            with pytest.raises(psycopg.OperationalError):
+                while True:
+                    connection.execute("SELECT 1")
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                psycopg.connect(self.url).close()
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline, "the server did not recover"
+                time.sleep(0.01)
+            else:
+                return
 
     def stop(self):
         self.use.release()
@@ -101,6 +119,12 @@ def connect(server, redis_url):
     return db.connect(server.url, redis_url, model_id="test-model", dimensions=8)
 
 
+def write(server, version):
+    """By a store that is gone afterwards: an open one's staging tables would keep the extension from being dropped."""
+    with connect(server, False) as store:
+        store.batch_upsert([doc(version)])
+
+
 def snapshots(store):
     """The snapshots of all answers that lie in Redis."""
     client = store.cache_client
@@ -108,7 +132,8 @@ def snapshots(store):
     return [json.loads(value[32:])["snapshot"] for value in values]
 
 
-def test_a_transaction_id_used_again_after_a_crash_brings_no_old_answer_back(server, redis_url):
+@pytest.mark.parametrize("crash", [Server.crash, Server.kill_a_backend])
+def test_a_transaction_id_used_again_after_a_crash_brings_no_old_answer_back(server, redis_url, crash):
     with connect(server, redis_url) as store:
         store.batch_upsert([doc(1)])
         with psycopg.connect(server.url, autocommit=True) as other:
@@ -121,12 +146,12 @@ def test_a_transaction_id_used_again_after_a_crash_brings_no_old_answer_back(ser
         assert search(store) == (False, [1])
         assert search(store) == (True, [1])
         [snapshot] = snapshots(store)
-        server.crash()
+        crash(server)
     with connect(server, redis_url) as store:
         with psycopg.connect(server.url, autocommit=True) as other:
             while other.execute("SELECT pg_current_xact_id()::text::int").fetchone()[0] + 1 < int(min(aborted)):
                 pass
-        store.batch_upsert([doc(2)])
+        write(server, 2)  # which Redis does not hear of
         with psycopg.connect(server.url) as other:
             question = "SELECT xid::text, pg_visible_in_snapshot(xid, %s) FROM write_log ORDER BY id DESC LIMIT 1"
             [(xid, taken_for_seen)] = other.execute(question, (snapshot,)).fetchall()
@@ -161,12 +186,6 @@ def test_a_cold_copy_put_back_brings_no_answer_from_its_future_back(server, redi
             seen = "SELECT bool_and(pg_visible_in_snapshot(xid, %s)) FROM write_log"
             assert other.execute(seen, (snapshot,)).fetchone() == (True,), "ids of that future were to be used again"
         assert search(store) == (False, [3])
-
-
-def write(server, version):
-    """By a store that is gone afterwards: an open one's staging tables would keep the extension from being dropped."""
-    with connect(server, False) as store:
-        store.batch_upsert([doc(version)])
 
 
 @pytest.mark.parametrize("opened", ["before the restore", "after the restore"])
