@@ -183,7 +183,10 @@ def test_the_last_one_of_an_id_wins_also_where_the_write_before_is_still_pending
     assert [c.text for c in zero.chunks] == ["version 10"]
 
 
-def test_an_id_that_goes_back_to_an_earlier_text_has_that_texts_vector(embedding_store):
+def test_an_id_that_goes_back_to_an_earlier_text_has_that_texts_vector(embedding_store, sql):
+    # The write of "y" takes its time: whoever looks meanwhile still finds "x", and would skip the last one.
+    sql("CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NEW; END $$")
+    sql("CREATE TRIGGER slow BEFORE UPDATE ON embeddings FOR EACH ROW WHEN (NEW.text = 'y') EXECUTE FUNCTION slow()")
     versions = [{"id": "a", "text": text} for text in ("x", "y", "x")]
     assert counts(embedding_store.embed_batch(versions, batch_size=1))["superseded"] == 2
     [document] = embedding_store.get(["a"])

@@ -1,5 +1,6 @@
 """What an upsert costs: nothing for rows that did not change, and no vector index for metadata alone."""
 
+import numpy as np
 import pytest
 
 import db
@@ -92,6 +93,17 @@ def test_an_update_of_metadata_alone_is_hot_and_spares_the_vector_index(small, s
     assert after[2] - before[2] == 20, "every update is HOT"
     assert sql(size) == size_before
     assert writes("chunks")[1] == 0
+
+
+def test_an_equal_vector_that_is_stored_out_of_line_is_not_written_again(database_url, redis_url, sql):
+    random = np.random.default_rng(5)
+    given = [doc(f"{n}", embedding=random.standard_normal(1024)) for n in range(100)]
+    with db.connect(database_url, redis_url, pool_max=1) as store:
+        store.batch_upsert(given)
+        assert store.batch_upsert([{**d, "metadata": {"seen": 1}} for d in given[::10]]).updated == 10
+        with store.pool.connection() as connection:
+            connection.execute("SELECT pg_stat_force_next_flush()")
+    assert sql("SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'embeddings'") == [(10, 10)]
 
 
 def test_a_text_changed_beside_an_equal_vector_is_hot_too(small, writes):
