@@ -521,7 +521,7 @@ def _embed_counts(tally: Tally, texts: TextEmbedder, deleted: int) -> dict[str, 
 
 
 def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= 100_000:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= 100_000:
         raise ValidationError(f"batch_size is {batch_size!r}; expected an integer from 1 to 100000")
 
 

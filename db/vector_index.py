@@ -95,14 +95,17 @@ def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
 
 def _build(connection: Connection[Any], table: Table, model: Model, rows: int) -> None:
     statement = _create_index(table, model, concurrently=rows > 0)
-    with _build_memory(connection, model, rows), _spill_notices(connection, model, rows):
+    name = sql.Identifier(vector_index_name(table.name))
+    with _build_memory(connection, model, rows):
         try:
-            connection.execute(statement.encode())
+            with _spill_notices(connection, model, rows):
+                connection.execute(statement.encode())
         except pg.DiskFull:
             # A parallel build keeps the graph in shared memory, which containers limit to 64 MB.
-            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(vector_index_name(table.name))))
+            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(name))
             connection.execute("SET max_parallel_maintenance_workers = 0")
-            connection.execute(statement.encode())
+            with _spill_notices(connection, model, rows):
+                connection.execute(statement.encode())
 
 
 def _create_index(table: Table, model: Model, *, concurrently: bool) -> str:
