@@ -1,0 +1,223 @@
+"""Filters: a small tenant gets all its rows, every filter means what plain Python means, nothing gets through."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import db
+from db import search
+from db.errors import ValidationError
+
+D = 4
+QUERY = [1.0, 0.5, 0.25, 0.125]
+CROWD = 10_000
+TENANT = 20
+
+
+@pytest.fixture
+def crowded(database_url, admin):
+    """A store of 10,000 rows that are all nearer to the query than the 20 of a small tenant."""
+    with db.connect(database_url, False, model_id="test-model", dimensions=D) as store:
+        rng = np.random.default_rng(5)
+        near = (np.array(QUERY) + 0.05 * rng.standard_normal((CROWD, D))).astype(np.float32)
+        far = (-np.array(QUERY) + 0.05 * rng.standard_normal((TENANT, D))).astype(np.float32)
+        rows = [row(f"big{n}", v, "big", n) for n, v in enumerate(near)]
+        rows[5000:5000] = [row(f"small{n}", v, "small", n) for n, v in enumerate(far)]
+        assert store.batch_upsert(rows, batch_size=5000).inserted == CROWD + TENANT
+        admin.execute("ANALYZE embeddings, chunks")
+        yield store
+
+
+def row(id_, vector, tenant, n):
+    metadata = {"workspace": tenant, "tenant": tenant, "n": n}
+    return {"id": id_, "text": "t", "embedding": vector, "source_id": tenant, "metadata": metadata}
+
+
+def test_a_small_tenant_gets_all_its_rows(crowded, monkeypatch):
+    filters = [
+        {"workspace": "small"},
+        {"source_id": "small"},
+        {"where": {"tenant": "small"}},
+        {"where": {"$not": {"tenant": "big"}}},
+        {"where": {"tenant": {"$nin": ["big"]}}},
+        {"workspace": "small", "source_id": "small", "where": {"n": {"$lt": 100}}},
+    ]
+    assert not crowded.search(QUERY, 10, workspace="big").exact
+    for estimate in ("good", "much too high"):
+        if estimate == "much too high":  # the index is scanned, and brings nobody but the crowd
+            crowded._parts.searcher._estimates.clear()
+            monkeypatch.setattr(search, "_planned_rows", lambda *_: CROWD)
+        for filtered in filters:
+            result = crowded.search(QUERY, TENANT, **filtered)
+            assert {hit.id for hit in result} == {f"small{n}" for n in range(TENANT)}, filtered
+            assert result.complete
+            assert [hit.distance for hit in result] == sorted(hit.distance for hit in result)
+        assert len(crowded.search(QUERY, 15, workspace="small")) == 15
+        everything = crowded.search(QUERY, TENANT + 5, workspace="small")
+        assert (len(everything), everything.complete, everything.exact) == (TENANT, True, True)
+        assert list(crowded.search(QUERY, 10, workspace="nobody")) == []
+
+
+# -- where, against plain Python -------------------------------------------------------------------------------
+
+KEYS = ["a", "b", "a.b", "", " ", "A", "ä", "'", '"', "%s", "{}", "\\", "a'b\"c", "$.a", "🦊", "null", "0"]
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([2**53, -(2**63), 2**63 - 1, 1.5, -0.0, 0.1, 1e300, 3.0]),
+    st.sampled_from(["", "a", "A", "b", "é", "z", "🦊", "1", "true", "null", "'", "%s", "\\", "a\nb"]),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS[:6]), inner, max_size=2),
+    max_leaves=3,
+)
+metadatas = st.dictionaries(st.sampled_from(KEYS), values, max_size=4)
+plain = values.filter(lambda v: not (isinstance(v, dict) and any(k.startswith("$") for k in v)))
+ordered = st.one_of(scalars.filter(lambda v: isinstance(v, int | float | str) and not isinstance(v, bool)))
+comparisons = st.one_of(
+    plain,
+    st.fixed_dictionaries({}, optional={"$gt": ordered, "$gte": ordered, "$lt": ordered, "$lte": ordered}),
+    st.fixed_dictionaries({}, optional={"$eq": values, "$ne": values, "$exists": st.booleans()}),
+    st.fixed_dictionaries({}, optional={"$in": st.lists(values, max_size=3), "$nin": st.lists(values, max_size=3)}),
+)
+wheres = st.recursive(
+    st.dictionaries(st.sampled_from([k for k in KEYS if not k.startswith("$")]), comparisons, max_size=2),
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"$and": st.lists(inner, min_size=1, max_size=2)}),
+        st.fixed_dictionaries({"$or": st.lists(inner, min_size=1, max_size=2)}),
+        st.fixed_dictionaries({"$not": inner}),
+    ),
+    max_leaves=4,
+)
+MISSING = object()
+
+
+def equal(left, right):
+    """JSON's equality: of one type, numbers by value, true is not 1."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return left == right
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(equal, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    return left == right
+
+
+def follows(value, operator, bound):
+    kinds = (str,) if isinstance(bound, str) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        return False
+    return {"$gt": value > bound, "$gte": value >= bound, "$lt": value < bound, "$lte": value <= bound}[operator]
+
+
+def compare(value, operator, operand):
+    match operator:
+        case "$eq":
+            return value is not MISSING and equal(value, operand)
+        case "$ne":
+            return not compare(value, "$eq", operand)
+        case "$in":
+            return any(compare(value, "$eq", item) for item in operand)
+        case "$nin":
+            return not compare(value, "$in", operand)
+        case "$exists":
+            return (value is not MISSING) is operand
+    return value is not MISSING and follows(value, operator, operand)
+
+
+def passes(metadata, where):
+    def entry(key, wanted):
+        if key == "$and":
+            return all(passes(metadata, part) for part in wanted)
+        if key == "$or":
+            return any(passes(metadata, part) for part in wanted)
+        if key == "$not":
+            return not passes(metadata, wanted)
+        value = metadata.get(key, MISSING)
+        if isinstance(wanted, dict) and any(k.startswith("$") for k in wanted):
+            return all(compare(value, operator, operand) for operator, operand in wanted.items())
+        return compare(value, "$eq", wanted)
+
+    return all(entry(key, wanted) for key, wanted in where.items())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(metadatas, min_size=1, max_size=12), filters=st.lists(wheres, min_size=1, max_size=10))
+def test_where_means_what_plain_python_means(store, rows, filters):
+    vector = [1.0] * 8
+    store.delete_by_source_id("property")
+    documents = [
+        {
+            "id": f"p{n}",
+            "text": "t",
+            "source_id": "property",
+            "embedding": vector,
+            "metadata": metadata,
+            "chunks": [{"text": "c", "embedding": vector}],
+        }
+        for n, metadata in enumerate(rows)
+    ]
+    result = store.batch_upsert(documents)
+    assert result.failed == 0, result.errors
+    for where in filters:
+        expected = {f"p{n}" for n, metadata in enumerate(rows) if passes(metadata, where)}
+        for level in ("documents", "chunks"):
+            found = store.search(vector, 50, where=where, source_id="property", level=level)
+            assert {hit.document_id for hit in found} == expected, (where, level)
+
+
+# -- what must not get through -----------------------------------------------------------------------------------
+
+NASTY = [
+    "'; DROP TABLE embeddings; --", "' OR '1'='1", "\" OR 1=1", "') OR true --", "a' -> 'b", "{a,b}", "$1", "%s",
+    "%(name)s", "%", "%%", "{}", "{0}", "?", "\\", "\\'", "\\x00", "::text", "/*", "*/", "--", ";", "$$", "$tag$",
+    "\n", "\r\n", "\t", "\x01", "\x7f", "\u2028", "\ufeff", "ʼ", "＇", "🦊", "é", "e\u0301", "\U0010ffff", " ", "",
+    "null", "true", "NaN", "pg_sleep(10)", "'||pg_sleep(10)||'", "COPY x TO PROGRAM 'true'", "a" * 100_000,
+    "$.a ? (@ == 1)", "->>", "#>>", "@>", "[", "]", "(", ")", '"', "''", "E'\\''", "U&'\\0027'", "\u0000x", "\ud800",
+]  # fmt: skip
+
+
+def test_no_key_or_value_gets_into_the_statement(store, sql):
+    """Each is data: it finds what equals it, or is refused with a reason; never an error of the server's."""
+    store.batch_upsert([{"id": "plain", "text": "t", "embedding": [1.0] * 8, "metadata": {"a": 1}}])
+    refused = 0
+    for nasty in NASTY:
+        storable = {"id": "nasty", "text": "t", "embedding": [1.0] * 8, "metadata": {f"k{nasty}": nasty}}
+        stored = store.batch_upsert([storable]).failed == 0
+        for where in ({f"k{nasty}": nasty}, {f"k{nasty}": {"$in": [nasty]}}, {f"k{nasty}": {"$gte": nasty}}):
+            try:
+                found = {hit.id for hit in store.search([1.0] * 8, 5, where=where)}
+            except ValidationError:
+                refused += 1
+                assert not stored
+            else:
+                assert found == {"nasty"}, where
+        for filtered in ({"workspace": nasty}, {"source_id": nasty}):
+            try:
+                assert list(store.search([1.0] * 8, 5, **filtered)) == []
+            except ValidationError:
+                assert nasty in ("", "a" * 100_000, "\u0000x", "\ud800")
+    assert refused == 6
+    assert sql("SELECT count(*) FROM embeddings WHERE id = 'plain'") == [(1,)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(key=st.text(max_size=30), value=st.text(max_size=30) | st.integers() | st.floats(), operator=st.text(max_size=4))
+def test_any_text_finds_its_row_or_is_refused(store, key, value, operator):
+    assume(operator not in ("$ne", "$nin"))
+    metadata = {key: value}
+    result = store.batch_upsert([{"id": "x", "text": "t", "embedding": [1.0] * 8, "metadata": metadata}])
+    for where in (metadata, {key: {operator: value}}, {operator: value}):
+        try:
+            found = store.search([1.0] * 8, 5, where=where)
+        except ValidationError:
+            continue
+        if where is metadata and not result.failed:
+            assert [hit.id for hit in found] == ["x"]
