@@ -180,8 +180,9 @@ class SearchResult(Sequence[Hit]):
 class IndexReport:
     """The state of one vector index, with the reasons of its verdict.
 
-    unindexed_rows: rows with a vector that the index does not hold. stale_percent: dead rows that
-    the index still holds, in per cent of all that it holds. used: None where the server cannot tell. recall: None until measured.
+    unindexed_rows: rows with a vector that the index does not hold. stale_percent: dead rows that the index
+    still holds, in per cent of all that it holds. used: None where the server cannot tell. recall: None until
+    measured.
     """
 
     name: str
