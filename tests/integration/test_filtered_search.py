@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from psycopg.sql import Identifier
 
 import db
 from db import search
 from db.errors import ValidationError
+from db.filters import compile_where
 
 D = 4
 QUERY = [1.0, 0.5, 0.25, 0.125]
@@ -171,6 +173,17 @@ def test_where_means_what_plain_python_means(store, rows, filters):
         for level in ("documents", "chunks"):
             found = store.search(vector, 50, where=where, source_id="property", level=level)
             assert {hit.document_id for hit in found} == expected, (where, level)
+
+
+def test_strings_are_ordered_by_code_point_on_every_server(store, sql):
+    words = ["B", "Z", "_", "a", "b", "e\u0301", "z", "é", "ß", "🦊"]
+    store.batch_upsert(
+        [{"id": w, "text": "t", "embedding": [1.0] * 8, "metadata": {"w": w}} for w in [*words, "\uffee"]]
+    )
+    for bound in words:
+        found = store.search([1.0] * 8, 50, where={"w": {"$lte": bound}})
+        assert {hit.id for hit in found} == {w for w in [*words, "\uffee"] if w <= bound}
+    assert 'COLLATE "C"' in compile_where({"w": {"$lt": "a"}}, Identifier("m")).sql.as_string()
 
 
 # -- what must not get through -----------------------------------------------------------------------------------
