@@ -36,6 +36,7 @@ LIFE = sql.SQL("""
         (pg_stat_get_wal()).stats_reset, pg_postmaster_start_time(),
         to_regclass('write_log')::oid, to_regclass('embeddings_pkey')::oid, to_regclass('chunks_pkey')::oid,
         session_user, current_user,
+        row_security_active(to_regclass('write_log')::oid),
         row_security_active(to_regclass('embeddings')::oid), row_security_active(to_regclass('chunks')::oid),
         has_table_privilege(to_regclass('embeddings'), 'SELECT'),
         has_table_privilege(to_regclass('chunks'), 'SELECT'))::text
