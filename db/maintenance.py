@@ -29,18 +29,22 @@ _DEAD_ROWS = 1000
 # The log must outlive what it fences: no cached result lives longer than its time in Redis.
 _LOG_RETENTION_FACTOR = 2
 
-# One statement: a reader sees the watermark raised and the rows gone, or neither. A log restored from
-# another cluster may hold transaction ids of its future: they fence nothing here and would block for ever.
+# One statement: a reader sees the watermark raised and the rows gone, or neither. It rises just above the
+# rows that go: any higher, and answers that nothing has ended would be lost. A log restored from another
+# cluster may hold transaction ids of its future: they fence nothing here and would block for ever.
 _PRUNE_LOG = """
     WITH horizon AS (
         SELECT least(pg_snapshot_xmin(pg_current_snapshot()),
                      (SELECT min(xid) FROM write_log WHERE created_at >= now() - make_interval(secs => %(keep_s)s)
                                                        AND xid < pg_snapshot_xmax(pg_current_snapshot()))) AS xid),
+    going AS (
+        SELECT (max(write_log.xid)::text::bigint + 1)::text::xid8 AS above
+        FROM write_log JOIN horizon ON write_log.xid < horizon.xid),
     raised AS (
         UPDATE write_log_watermark AS mark
         SET xid = CASE WHEN mark.xid > pg_snapshot_xmax(pg_current_snapshot()) THEN horizon.xid
-                       ELSE greatest(mark.xid, horizon.xid) END
-        FROM horizon RETURNING mark.xid)
+                       ELSE greatest(mark.xid, going.above) END
+        FROM horizon, going RETURNING mark.xid)
     DELETE FROM write_log USING raised
     WHERE write_log.xid < raised.xid OR write_log.xid > pg_snapshot_xmax(pg_current_snapshot())
 """

@@ -57,9 +57,10 @@ _STILL_TRUE = (
     .encode()
 )
 
+# What a process delivered it marks within some seconds: only what is older was left by one that could not.
 _UNDELIVERED = """
     SELECT id, tags FROM write_log
-    WHERE delivered_at IS NULL AND created_at < clock_timestamp() - interval '1 second'
+    WHERE delivered_at IS NULL AND created_at < clock_timestamp() - interval '5 seconds'
     ORDER BY id LIMIT 500
     FOR UPDATE SKIP LOCKED
 """

@@ -152,11 +152,15 @@ def test_no_pattern_reaches_redis_whatever_a_source_is_called(store):
 # -- pruning -----------------------------------------------------------------------------------------------
 
 
-def test_answers_older_than_the_watermark_are_not_served(filled, silent, sql):
+def prune_all(store, sql, until):
+    """A transaction of another test's database can hold the horizon back for a moment."""
+    until(lambda: store.maintain(skip_compaction=True, skip_index=True) and not sql("SELECT FROM write_log"))
+
+
+def test_answers_older_than_the_watermark_are_not_served(filled, silent, sql, until):
     silent.batch_upsert([doc("a", "a", version=1)])
     sql(LONG_AGO)
-    filled.maintain(skip_compaction=True, skip_index=True)
-    assert sql("SELECT count(*) FROM write_log") == [(0,)]
+    prune_all(filled, sql, until)
     assert cached(filled) == [False] * 4
     assert filled.search(QUERY, 3, source_id="a")[0].metadata["version"] == 1
     assert cached(filled) == [True] * 4
@@ -168,7 +172,7 @@ def test_a_prune_spares_answers_that_it_cannot_touch(filled, sql):
     assert cached(filled) == [True] * 4
 
 
-def test_a_slow_writer_whose_log_row_is_pruned_still_ends_the_answer(filled, silent, sql):
+def test_a_slow_writer_whose_log_row_is_pruned_still_ends_the_answer(filled, silent, sql, until):
     with silent.transaction() as connection:
         connection.execute(text("UPDATE embeddings SET text = 'slow' WHERE id = 'a'"))
         silent.record_write(connection, sources=["a"], workspaces=["w"])
@@ -176,8 +180,7 @@ def test_a_slow_writer_whose_log_row_is_pruned_still_ends_the_answer(filled, sil
         sql("SELECT pg_current_xact_id()")  # begun later and finished: beyond the writer, seen by the search
         answers = [in_thread(lambda: filled.search(QUERY, 2, source_id="a")) for _ in range(2)]
         assert [(a.cached, a[0].text) for a in answers] == [(False, "a"), (True, "a")]
-    filled.maintain(skip_compaction=True, skip_index=True)
-    assert sql("SELECT count(*) FROM write_log") == [(0,)]
+    prune_all(filled, sql, until)
     result = filled.search(QUERY, 2, source_id="a")
     assert not result.cached
     assert result[0].text == "slow"
@@ -226,7 +229,7 @@ def test_reads_during_maintenance_are_never_stale(filled, database_url):
 def test_the_check_of_an_answer_reads_the_log_by_its_index(filled, sql):
     """Also where the plan was made for any snapshot, over a long log that lies in no order."""
     sql("""INSERT INTO write_log (xid, tags)
-           SELECT (1 + g % 700)::text::xid8, ARRAY['store', 'source:x'] FROM generate_series(1, 5000) AS g ORDER BY random()""")
+           SELECT g::text::xid8, ARRAY['store', 'source:x'] FROM generate_series(1, 5000) AS g ORDER BY random()""")
     sql("ANALYZE write_log")
     snapshot = "5000:5000:"
     statement = query_cache._STILL_TRUE.decode().replace("%(snapshot)s", "$1").replace("%(tags)s", "$2")
