@@ -22,12 +22,12 @@ from .vector_index import INDEXED_TABLES, drop_vector_indexes, ensure_vector_ind
 # Fewer inputs than this are written beside a live index: building one anew would cost more.
 AUTO_MIN_INPUTS = 1000
 
-# A table that is empty, or whose index an interrupted load left missing; NULL where the role may not build.
-_LOADABLE = """
-    SELECT NOT EXISTS (SELECT FROM embeddings) OR NOT EXISTS (SELECT FROM pg_index
-               WHERE indexrelid = to_regclass('embeddings_vector_idx') AND indisvalid),
-           NOT EXISTS (SELECT FROM chunks) OR NOT EXISTS (SELECT FROM pg_index
-               WHERE indexrelid = to_regclass('chunks_vector_idx') AND indisvalid)
+# Whether each table is empty, and whether an interrupted load left its index missing. No row where the role
+# may not build.
+_STATE = """
+    SELECT NOT EXISTS (SELECT FROM embeddings), NOT EXISTS (SELECT FROM chunks),
+           NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('embeddings_vector_idx') AND indisvalid),
+           NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('chunks_vector_idx') AND indisvalid)
     WHERE (SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
            WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass))
 """
@@ -53,13 +53,13 @@ def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iter
     with ExitStack() as stack:
         if inputs is None or inputs >= AUTO_MIN_INPUTS:
             with database.connection() as pooled:
-                worth_it = _loadable_tables(pooled)
+                worth_it = _loadable_tables(pooled, inputs)
             if worth_it:
                 connection = stack.enter_context(database.maintenance())
                 # Where another load runs, or a stranger holds the table, rows are written beside the index.
                 with suppress(BusyError, pg.LockNotAvailable):
                     # Asked again under the lock: another load may have filled the tables meanwhile.
-                    stack.enter_context(_loading(connection, model, lambda: _loadable_tables(connection)))
+                    stack.enter_context(_loading(connection, model, lambda: _loadable_tables(connection, inputs)))
         yield
 
 
@@ -77,6 +77,15 @@ def _loading(
                 ensure_vector_indexes(connection, model.registered)
 
 
-def _loadable_tables(connection: Connection[Any]) -> tuple[Table, ...]:
-    row = connection.execute(_LOADABLE).fetchone()
-    return tuple(table for table, loadable in zip(INDEXED_TABLES, row or (), strict=False) if loadable)
+def _loadable_tables(connection: Connection[Any], inputs: int | None) -> tuple[Table, ...]:
+    """Both tables where the store is empty; where many inputs come for certain, each that is empty or lacks its index.
+
+    An unknown number may turn out to be one: that is no reason to lock a table of a store in use.
+    """
+    row = connection.execute(_STATE).fetchone()
+    if row is None:
+        return ()
+    empty, missing = row[:2], row[2:]
+    if inputs is None:
+        return INDEXED_TABLES if all(empty) else ()
+    return tuple(table for table, *why in zip(INDEXED_TABLES, empty, missing, strict=True) if any(why))

@@ -17,7 +17,8 @@ _CHANGED = """
          AS given (id, content_hash, vector_given, vector_hash, chunks_given, chunks_hash)
     LEFT JOIN embeddings AS stored ON stored.id = given.id
     WHERE stored.content_hash IS DISTINCT FROM given.content_hash
-       OR given.vector_given AND stored.vector_hash IS DISTINCT FROM given.vector_hash
+       OR given.vector_given AND (stored.vector_hash IS DISTINCT FROM given.vector_hash
+                                  OR stored.vector_hash IS NULL AND stored.embedding IS NOT NULL)
        OR given.chunks_given AND (stored.chunks_hash IS DISTINCT FROM given.chunks_hash
                                   OR given.chunks_hash IS NULL
                                      AND EXISTS (SELECT FROM chunks WHERE chunks.document_id = given.id))
@@ -38,6 +39,7 @@ _CHANGED_ITEMS = """
 
 _LOCK_STORED = """
     SELECT id, source_id, workspace, content_hash, vector_hash, chunks_hash,
+           vector_hash IS NULL AND embedding IS NOT NULL,
            chunks_hash IS NULL AND EXISTS (SELECT FROM chunks WHERE chunks.document_id = embeddings.id)
     FROM embeddings WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE
 """
@@ -47,7 +49,7 @@ _LOCK_STORED = """
 class StoredRow:
     """What is stored of a document, as far as an upsert must know it.
 
-    chunks_unhashed: it has chunks that no hash tells of, taken back after a deletion or adopted.
+    vector_unhashed, chunks_unhashed: it has what no hash tells of, adopted or taken back after a deletion.
     """
 
     source_id: str
@@ -55,13 +57,14 @@ class StoredRow:
     content_hash: bytes | None
     vector_hash: bytes | None
     chunks_hash: bytes | None
+    vector_unhashed: bool
     chunks_unhashed: bool
 
     def content_differs(self, document: PreparedDocument) -> bool:
         return self.content_hash != document.content_hash
 
     def vector_differs(self, document: PreparedDocument) -> bool:
-        return document.vector_given and self.vector_hash != document.vector_hash
+        return document.vector_given and (self.vector_unhashed or self.vector_hash != document.vector_hash)
 
     def chunks_differ(self, document: PreparedDocument) -> bool:
         return document.chunks is not None and (self.chunks_unhashed or self.chunks_hash != document.chunks_hash)

@@ -63,12 +63,18 @@ class Settings(BaseSettings):
     debug: bool = False
 
     postgres_host: str | None = Field(default=None, validation_alias=AliasChoices("postgres_host", "POSTGRES_HOST"))
-    postgres_port: int = Field(default=5432, validation_alias=AliasChoices("postgres_port", "POSTGRES_PORT"))
+    # Text, and read only where POSTGRES_HOST is used: Kubernetes sets a variable of this name to an address.
+    postgres_port: str = Field(default="5432", validation_alias=AliasChoices("postgres_port", "POSTGRES_PORT"))
     postgres_db: str | None = Field(default=None, validation_alias=AliasChoices("postgres_db", "POSTGRES_DB"))
     postgres_user: str | None = Field(default=None, validation_alias=AliasChoices("postgres_user", "POSTGRES_USER"))
     postgres_password: pydantic.SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("postgres_password", "POSTGRES_PASSWORD")
     )
+
+    @pydantic.field_validator("postgres_port", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
 
     @pydantic.field_validator("redis_url", mode="before")
     @classmethod
@@ -90,6 +96,8 @@ class Settings(BaseSettings):
             return libpq_url(self.database_url)
         if not self.postgres_host:
             return None
+        if not self.postgres_port.isdigit():
+            raise ValidationError(f"POSTGRES_PORT is {self.postgres_port!r}; expected a number")
         user = quote(self.postgres_user or "", safe="")
         if self.postgres_password is not None:
             user += ":" + quote(self.postgres_password.get_secret_value(), safe="")

@@ -95,7 +95,7 @@ def prepare(document: Document | Mapping[str, Any], model: VectorCodec) -> Prepa
     document = as_document(document)
     item = hash_item(document)
     prepared = prepare_item(item, document.embedding, document.chunks, model)
-    prepared.vector_given = document.embedding_given
+    prepared.vector_given = bool(document.embedding_given)
     prepared.created_at = _check_time("created_at", document.created_at)
     prepared.updated_at = _check_time("updated_at", document.updated_at)
     return prepared

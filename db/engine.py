@@ -69,6 +69,9 @@ class Identity:
     cacheable: bool
 
 
+# What works in the background does not queue for long for a connection that callers want, or that is not to be had.
+BACKGROUND_WAIT_S = 2.0
+
 MIN_POSTGRES = 16
 MIN_PGVECTOR = (0, 8)  # iterative index scans
 
@@ -149,9 +152,12 @@ class Database:
         self.pool.close()
 
     @contextmanager
-    def connection(self) -> Iterator[StoreConnection]:
-        """A pooled connection in autocommit: each statement is its own transaction."""
-        with self.pool.connection() as connection:
+    def connection(self, wait_s: float | None = None) -> Iterator[StoreConnection]:
+        """A pooled connection in autocommit: each statement is its own transaction.
+
+        `wait_s`: how long to wait for one that is free; by default `pool_timeout_s`.
+        """
+        with self.pool.connection(wait_s) as connection:
             yield connection
 
     @contextmanager

@@ -22,20 +22,16 @@ _SMALL_TABLE_ROWS = 1000
 _FACTS = """
     SELECT index.indexrelid IS NOT NULL, coalesce(index.indisvalid AND index.indisready, false),
            coalesce(pg_relation_size(index.indexrelid), 0),
-           coalesce(index_class.reltuples, 0)::bigint, greatest(table_class.reltuples, 0)::bigint,
            coalesce(tables.n_live_tup, 0), coalesce(tables.n_dead_tup, 0),
-           coalesce(tables.n_mod_since_analyze, 0),
+           coalesce((tables.n_tup_del + tables.n_tup_upd - tables.n_tup_hot_upd)::float8
+                    / nullif(tables.n_tup_del + tables.n_tup_upd, 0), 1),
            coalesce(indexes.idx_scan, 0), indexes.last_idx_scan,
-           now() - greatest(pg_postmaster_start_time(), database.stats_reset) AS counted_for,
-           build.rows
+           now() - greatest(pg_postmaster_start_time(), database.stats_reset) AS counted_for
     FROM pg_class AS table_class
     LEFT JOIN pg_index AS index ON index.indexrelid = to_regclass(%(index)s)
-    LEFT JOIN pg_class AS index_class ON index_class.oid = index.indexrelid
     LEFT JOIN pg_stat_user_tables AS tables ON tables.relid = table_class.oid
     LEFT JOIN pg_stat_user_indexes AS indexes ON indexes.indexrelid = index.indexrelid
     LEFT JOIN pg_stat_database AS database ON database.datname = current_database()
-    LEFT JOIN LATERAL (SELECT rows FROM index_builds WHERE index_name = %(index)s
-                       ORDER BY id DESC LIMIT 1) AS build ON true
     WHERE table_class.oid = to_regclass(%(table)s)
 """
 _COUNT_VECTORS = {
@@ -50,15 +46,12 @@ class _Facts:
     exists: bool
     valid: bool
     size_bytes: int
-    indexed_rows: int
-    planned_rows: int
     live_rows: int
     dead_rows: int
-    modified_rows: int
+    indexed_share: float  # of the dead rows, those that the index holds too: HOT updates never reach it
     scans: int
     last_scan: Any
     counted_for: timedelta | None
-    rows_at_build: int | None
 
 
 def inspect_indexes(connection: Connection[Any], model: Model | None) -> list[IndexReport]:
@@ -99,8 +92,8 @@ def _inspect(connection: Connection[Any], table: str, model: Model) -> IndexRepo
 
 def _stale_fraction(facts: _Facts, vectors: int) -> float:
     """Dead rows that the index still holds, as a share of all it holds."""
-    held = vectors + facts.dead_rows
-    return facts.dead_rows / held if facts.valid and held else 0.0
+    dead = facts.dead_rows * facts.indexed_share
+    return dead / (vectors + dead) if facts.valid and vectors + dead else 0.0
 
 
 def _used(facts: _Facts) -> bool | None:

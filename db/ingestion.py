@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg import errors as pg
 
 from .change_detection import ItemChange, changed_ids, changed_items
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
@@ -129,9 +130,10 @@ class Ingestion:
         try:
             outcomes: Mapping[str, Outcome] = run_write(self.database, batch.write, after_commit=self.after_commit)
         except psycopg.Error as exc:
-            if not _is_refusal(exc):
-                raise
-            if len(batch.documents) == 1:
+            alone = len(batch.documents) == 1
+            if not _is_refusal(exc) or (alone and isinstance(exc, pg.QueryCanceled)):
+                raise  # one row that takes too long says nothing of the row: the server is slow, or was told to stop
+            if alone:
                 tally.fail(batch.documents[0].id, f"refused by the server: {_reason(exc)}")
                 return
             middle = len(batch.documents) // 2

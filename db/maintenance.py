@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 import psycopg
-from psycopg import Connection, sql
+from psycopg import Connection
 from psycopg import errors as pg
 
 from . import vector_cache
@@ -19,7 +19,7 @@ from .index_health import inspect_indexes
 from .locks import Purpose, advisory_lock
 from .types import MaintenanceResult, Step, StepProgress
 from .vacuum import vacuum
-from .vector_index import ensure_vector_indexes
+from .vector_index import INDEXED_TABLES, ensure_vector_indexes, rebuild_vector_index
 
 logger = logging.getLogger("vectorkeep")
 
@@ -177,7 +177,9 @@ class _Run:
         if self.plan.dry_run:
             raise _Skipped(f"dry run: would rebuild {names}")
         for report in stale:
-            self.connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(report.name)))
+            table = next(t for t in INDEXED_TABLES if t.name == report.table)
+            assert self.model is not None
+            rebuild_vector_index(self.connection, self.model, table, report.indexed_rows)
         self.index_built = True
         return f"rebuilt {names}"
 

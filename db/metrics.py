@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from .engine import Database
+from .engine import BACKGROUND_WAIT_S, Database
 
 logger = logging.getLogger("vectorkeep")
 
@@ -91,7 +91,7 @@ class MetricsRecorder:
         rows = [self._buffer.popleft() for _ in range(len(self._buffer))]
         try:
             if rows:
-                with self._database.connection() as connection, connection.transaction():
+                with self._database.connection(BACKGROUND_WAIT_S) as connection, connection.transaction():
                     connection.execute(_DO_NOT_WAIT)
                     connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
             self._background()
@@ -107,7 +107,8 @@ class MetricsRecorder:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-        self.flush()
+        if self._thread is None or not self._thread.is_alive():
+            self.flush()
 
 
 def _storable(text: str) -> str:

@@ -3,8 +3,10 @@
 import threading
 
 from . import embedded, migrate
+from .chunking import Chunker
 from .config import Settings
 from .engine import Database, connect_directly, require_versions
+from .errors import ValidationError
 from .metrics import MetricsRecorder
 from .query_cache import QueryCache
 from .registry import StoreModel
@@ -26,11 +28,12 @@ class OpenParts:
             self.database.open()
             self.model = StoreModel(self.database)
             self.model.load()
+            self.chunker = Chunker(settings.chunk_size, settings.chunk_overlap)
+            self.cache = self._make_cache()
         except BaseException:
             self._close_connections()
             raise
         self.searcher = Searcher()
-        self.cache = self._make_cache()
         self.metrics = MetricsRecorder(self.database, background=self._deliver)
         self._delivered: list[int] = []
         self._closing = threading.Lock()
@@ -50,7 +53,10 @@ class OpenParts:
         url = self.settings.redis_url
         if url is None and self._servers is not None:
             url = self._servers.redis_url
-        return QueryCache(self.database, QueryCache.connect(url), self.settings) if url else None
+        try:
+            return QueryCache(self.database, QueryCache.connect(url), self.settings) if url else None
+        except ValueError as exc:
+            raise ValidationError(f"redis_url cannot be read: {exc}; expected redis://, rediss:// or unix://") from exc
 
     def after_commit(self, write: LoggedWrite) -> None:
         """Tell Redis of a committed write. What it did not take is delivered in the background, later."""

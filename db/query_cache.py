@@ -28,7 +28,7 @@ from redis.retry import Retry
 
 from .circuit_breaker import CircuitBreaker
 from .config import Settings
-from .engine import LIFE, Database, Identity, StoreConnection
+from .engine import BACKGROUND_WAIT_S, LIFE, Database, Identity, StoreConnection
 from .transactions import EVERYTHING, LoggedWrite
 from .types import Hit, SearchResult
 
@@ -171,15 +171,13 @@ class QueryCache:
         return self.invalidate(write.tags)
 
     def mark_delivered(self, write_ids: Sequence[int]) -> None:
-        with self._database.connection() as connection, connection.transaction():
+        with self._database.connection(BACKGROUND_WAIT_S) as connection, connection.transaction():
             connection.execute("SET LOCAL synchronous_commit = off")  # a mark lost is only delivered again
             connection.execute(_DELIVERED, (list(write_ids),))
 
     def deliver_undelivered(self) -> int:
         """Deliver the writes whose own process did not. Returns how many were delivered."""
-        if not self.breaker.closed:
-            return 0
-        with self._database.connection() as connection, connection.transaction():
+        with self._database.connection(BACKGROUND_WAIT_S) as connection, connection.transaction():
             rows = connection.execute(_UNDELIVERED).fetchall()
             tags = sorted({tag for _, write_tags in rows for tag in write_tags})
             if not rows or not self.invalidate(tags):

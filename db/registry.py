@@ -148,8 +148,7 @@ class StoreModel:
             raise DimensionError(
                 f"the store's model {active.model_id!r} has {active.dimensions} dimensions, not {wanted.dimensions}"
             )
-        # "cosine" is also the default: alone it does not tell that the caller asked for it.
-        if wanted.distance not in ("cosine", active.distance):
+        if "distance" in wanted.model_fields_set and wanted.distance != active.distance:
             raise ValidationError(
                 f"the store's distance is {active.distance}, not {wanted.distance}; "
                 "it is fixed when its model is registered"

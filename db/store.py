@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
 from threading import Event
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import psycopg_pool
@@ -15,7 +15,6 @@ import sqlalchemy
 from numpy.typing import NDArray
 
 from . import bulk_load, deletion, maintenance, migrate, orphans, reading, statistics, vectors
-from .chunking import Chunker
 from .config import Consistency, Distance, Settings
 from .documents import check_key
 from .embedding import TextEmbedder
@@ -62,6 +61,23 @@ R = TypeVar("R")
 _in_transaction: ContextVar[bool] = ContextVar("vectorkeep_in_transaction", default=False)
 
 
+class _Default:
+    """Marks a default of `connect`: what a caller gives, even if it is equal, wins over the environment."""
+
+
+class _Str(_Default, str): ...
+
+
+class _Int(_Default, int): ...
+
+
+class _Float(_Default, float): ...
+
+
+_COSINE = cast(Distance, _Str("cosine"))
+_STRICT = cast(Consistency, _Str("strict"))
+
+
 def connect(
     database_url: str | None = None,
     redis_url: str | Literal[False] | None = None,
@@ -69,13 +85,13 @@ def connect(
     embedder: Embedder | None = None,
     model_id: str | None = None,
     dimensions: int | None = None,
-    distance: Distance = "cosine",
-    consistency: Consistency = "strict",
-    ef_search: int = 100,
-    pool_max: int = 20,
-    pool_idle_s: float = 30,
-    connect_timeout_s: float = 2,
-    statement_timeout_s: float = 30,
+    distance: Distance = _COSINE,
+    consistency: Consistency = _STRICT,
+    ef_search: int = _Int(100),
+    pool_max: int = _Int(20),
+    pool_idle_s: float = _Float(30),
+    connect_timeout_s: float = _Float(2),
+    statement_timeout_s: float = _Float(30),
     **settings: Any,
 ) -> "VectorStore":
     """Open a store. What is not given comes from VECTORKEEP_... in the environment.
@@ -91,18 +107,15 @@ def connect(
         "redis_url": redis_url,
         "model_id": model_id or (embedder.model_id if embedder else None),
         "dimensions": dimensions or (embedder.dimensions if embedder else None),
+        "distance": distance,
+        "consistency": consistency,
+        "ef_search": ef_search,
+        "pool_max": pool_max,
+        "pool_idle_s": pool_idle_s,
+        "connect_timeout_s": connect_timeout_s,
+        "statement_timeout_s": statement_timeout_s,
     }
-    defaulted: dict[str, tuple[Any, Any]] = {
-        "distance": (distance, "cosine"),
-        "consistency": (consistency, "strict"),
-        "ef_search": (ef_search, 100),
-        "pool_max": (pool_max, 20),
-        "pool_idle_s": (pool_idle_s, 30),
-        "connect_timeout_s": (connect_timeout_s, 2),
-        "statement_timeout_s": (statement_timeout_s, 30),
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    chosen |= {name: value for name, (value, default) in defaulted.items() if value != default}
+    chosen = {name: value for name, value in given.items() if value is not None and not isinstance(value, _Default)}
     loaded = Settings.load({**chosen, **settings})
     with translated():
         return VectorStore(OpenParts(loaded), embedder)
@@ -134,7 +147,6 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     def __init__(self, parts: OpenParts, embedder: Embedder | None) -> None:
         self._parts = parts
         self._embedder = embedder
-        self._chunker = Chunker(parts.settings.chunk_size, parts.settings.chunk_overlap)
         self.pool, self.engine = parts.database.pool, parts.database.engine
         self.cache_client = parts.cache.client if parts.cache else None
 
@@ -322,7 +334,10 @@ class VectorStore(AbstractContextManager["VectorStore"]):
 
         Name the old and the new sources and workspaces of every changed row, or `everything`.
         """
-        tags = {source_tag(s) for s in sources} | {workspace_tag(w) for w in workspaces}
+        if isinstance(sources, str) or isinstance(workspaces, str):
+            raise ValidationError("sources or workspaces is a string; expected a sequence of them")
+        tags = {source_tag(check_key("source", s)) for s in sources}
+        tags |= {workspace_tag(check_key("workspace", w)) for w in workspaces}
         if not tags and not everything:
             raise ValidationError("nothing is named; give sources, workspaces or everything=True")
         write = reading.log_write(connection, ["all", "store"] if everything else bounded_tags(tags))
@@ -493,7 +508,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
                 f"the embedder is {chosen.model_id!r} of {chosen.dimensions} dimensions, the store's model is "
                 f"{model.model_id!r} of {model.dimensions}; vectors of two models cannot be compared"
             )
-        return TextEmbedder(self._parts.database, chosen, self._chunker)
+        return TextEmbedder(self._parts.database, chosen, self._parts.chunker)
 
     def _embed_query(self, text: str) -> NDArray[np.float32]:
         if not text:

@@ -29,6 +29,7 @@ _COUNT_UNSEEN = """
 _UNSEEN = """
     SELECT id FROM embeddings
     WHERE source_id = %s AND NOT EXISTS (SELECT FROM vectorkeep_seen AS seen WHERE seen.id = embeddings.id)
+      AND id > %s
     ORDER BY id LIMIT %s
 """
 # Locked, in order of id: one that another writer is moving right now is waited for and read again.
@@ -105,8 +106,9 @@ class SourceSync:
         return int(count)
 
     def _delete_unseen(self, connection: Connection[Any]) -> int:
-        deleted = 0
-        while ids := [row[0] for row in connection.execute(_UNSEEN, (self._source_id, _DELETE_AT_ONCE))]:
+        deleted, last = 0, ""
+        while ids := [row[0] for row in connection.execute(_UNSEEN, (self._source_id, last, _DELETE_AT_ONCE))]:
+            last = ids[-1]  # what is not deleted, whatever stopped it, is not tried again
 
             def delete(transaction: WriteTransaction, ids: list[str] = ids) -> int:
                 return delete_ids(transaction, self._still_there(transaction.cursor, ids)).deleted

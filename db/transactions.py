@@ -28,7 +28,8 @@ R = TypeVar("R")
 MAX_TAGS = 200
 EVERYTHING = "all"
 
-_LOCK_WRITERS = "SELECT pg_advisory_xact_lock_shared(%s, %s)"
+# A lock is waited for a little shorter than a statement may take: what is held by others is told from what is slow.
+_LOCK_WRITERS = "SELECT set_config('lock_timeout', %s, true), pg_advisory_xact_lock_shared(%s, %s)"
 _LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
 _IS_RUNNING = "SELECT pg_xact_status(%s::xid8) IS NOT DISTINCT FROM 'in progress'"
 _IS_LOGGED = "SELECT EXISTS (SELECT FROM write_log WHERE id = %s AND xid = %s::xid8)"
@@ -123,11 +124,12 @@ def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
         raise exc.lost from None
 
 
-def _lock_writers(cursor: Cursor[Any]) -> None:
+def _lock_writers(cursor: Cursor[Any], statement_timeout_s: float) -> None:
     """Join the writers. A wait that is cut off is no refusal of what is to be written: it gets its own error."""
     try:
-        cursor.execute(_LOCK_WRITERS, (LOCK_CLASS, int(Purpose.WRITERS)))
-    except pg.QueryCanceled as exc:
+        lock_timeout_ms = max(1, int(900 * statement_timeout_s))
+        cursor.execute(_LOCK_WRITERS, (str(lock_timeout_ms), LOCK_CLASS, int(Purpose.WRITERS)))
+    except (pg.QueryCanceled, pg.LockNotAvailable) as exc:
         raise UnavailableError(
             "writers are locked out by a session that keeps them all waiting; try again when it has finished"
         ) from exc
@@ -138,7 +140,7 @@ def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
         attempt: _Attempt | None = None
         try:
             with connection.transaction(), connection.cursor() as cursor:
-                _lock_writers(cursor)
+                _lock_writers(cursor, database.settings.statement_timeout_s)
                 transaction = WriteTransaction(cursor)
                 outcome = work(transaction)
                 if not transaction.wrote:
@@ -146,6 +148,10 @@ def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
                 tags = bounded_tags(transaction.tags)
                 [(log_id, xid)] = cursor.execute(_LOG_WRITE, (tags,)).fetchall()
                 attempt = _Attempt(xid, outcome, LoggedWrite(log_id, tags))
+        except pg.LockNotAvailable as exc:
+            raise UnavailableError(
+                f"another session holds rows that this would write: {exc.diag.message_primary}; try again later"
+            ) from exc
         except psycopg.OperationalError as exc:
             # Only COMMIT is left once there is an attempt: a lost connection leaves its outcome open.
             if attempt is not None and connection.closed:

@@ -45,12 +45,14 @@ class Document:
     chunks: Sequence[DocumentChunk | Mapping[str, Any]] | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
-    embedding_given: bool = field(init=False, repr=False, compare=False)
+    # Follows from `embedding`; a field so that `dataclasses.replace` hands it on and does not remove a vector.
+    embedding_given: bool | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "embedding_given", self.embedding is not _ABSENT)
-        if not self.embedding_given:
-            object.__setattr__(self, "embedding", None)
+        absent = self.embedding is _ABSENT
+        given = not absent if self.embedding_given is None else self.embedding_given
+        object.__setattr__(self, "embedding", None if absent else self.embedding)
+        object.__setattr__(self, "embedding_given", given or self.embedding is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,8 @@ _DELETE_GONE_CHUNKS = """
     DELETE FROM chunks
     WHERE document_id = ANY(%(ids)s)
       AND NOT EXISTS (SELECT FROM vectorkeep_chunks AS given
-                      WHERE given.id = chunks.id AND given.document_id = chunks.document_id)
+                      WHERE given.id = chunks.id AND given.document_id = chunks.document_id
+                        AND given.chunk_index = chunks.chunk_index)
 """
 
 _DELETE_DETACHED = """

@@ -1,12 +1,14 @@
 """Vectors that an embedder once returned, kept so that no text is embedded twice by one model."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from psycopg import Connection
+from psycopg import errors as pg
 
 from . import vectors
 from .staging import copy_vectors
@@ -30,11 +32,13 @@ _FILL = """
 # Least recently used first. The size is that of the rows; the table's own shrinks with the next VACUUM.
 _RETIRE = """
     WITH ranked AS (
-        SELECT key, sum(pg_column_size(vector_cache.*)) OVER (ORDER BY last_used DESC, key) AS bytes
-        FROM vector_cache)
+        SELECT key, sum(bytes) OVER (ORDER BY last_used DESC, key) AS bytes
+        FROM (SELECT key, last_used, pg_column_size(embedding) + 100 AS bytes FROM vector_cache OFFSET 0) AS sizes)
     DELETE FROM vector_cache USING ranked
     WHERE vector_cache.key = ranked.key AND ranked.bytes > %s
 """
+# A reader's search of a text, or one on a standby, does without keeping the vector.
+_MAY_NOT_WRITE = (pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction)
 
 
 def cache_key(text: str, model_id: str) -> bytes:
@@ -49,14 +53,15 @@ def look_up(
     keys = {cache_key(text, model_id): text for text in texts}
     rows = connection.execute(_LOOK_UP, (list(keys), model_id, dimensions)).fetchall()
     if old := [key for key, _, is_old in rows if is_old]:
-        connection.execute(_TOUCH, (old,))
+        with suppress(*_MAY_NOT_WRITE):
+            connection.execute(_TOUCH, (old,))
     return {keys[key]: vectors.decode(data) for key, data, _ in rows}
 
 
 def fill(connection: Connection[Any], found: Mapping[str, NDArray[np.float32]], model_id: str) -> None:
-    """Keep the vectors of `found`, by text, in a transaction of its own."""
+    """Keep the vectors of `found`, by text, in a transaction of its own; not where the role only reads."""
     rows = [(cache_key(text, model_id), vectors.encode(vector)) for text, vector in found.items()]
-    with connection.transaction(), connection.cursor() as cursor:
+    with suppress(*_MAY_NOT_WRITE), connection.transaction(), connection.cursor() as cursor:
         copy_vectors(cursor, rows)
         cursor.execute(_FILL, (model_id,))
 

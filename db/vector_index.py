@@ -21,8 +21,11 @@ logger = logging.getLogger("vectorkeep")
 
 INDEXED_TABLES: tuple[Table, ...] = (Embedding.metadata.tables["embeddings"], Chunk.metadata.tables["chunks"])
 
-# Whoever builds waits this long for another session's lock, and this long for another builder of ours.
+# A lock that others would queue behind is waited for this long. CREATE INDEX CONCURRENTLY also waits for older
+# transactions, which stops nobody: that may take as long as a backup.
 _LOCK_TIMEOUT_MS = 5000
+_CONCURRENT_WAIT_MS = 600_000
+# Another builder of ours is waited for this long.
 _BUILDER_WAIT_S = 3600.0
 
 # What a row takes while HNSW is built with m = 16: 32 neighbours of 16 bytes and the element itself.
@@ -31,6 +34,10 @@ _MIN_BUILD_MB = 64
 _MAX_BUILD_MB = 1024
 
 _IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
+_LEFTOVERS = """
+    SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
+    WHERE NOT indisvalid AND pg_table_is_visible(pg_class.oid) AND (relname LIKE %s OR relname LIKE %s)
+"""
 _COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")
 _RECORD_BUILD = """
     INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms)
@@ -56,15 +63,32 @@ def ensure_vector_indexes(
 
 def drop_vector_indexes(connection: Connection[Any], tables: Iterable[Table]) -> None:
     """Drop the vector indexes of `tables`; from then on searches compare all rows."""
+    for table in tables:
+        _drop(connection, vector_index_name(table.name))
+
+
+def rebuild_vector_index(connection: Connection[Any], model: Model, table: Table, rows: int) -> None:
+    """REINDEX online; an interrupted one leaves an invalid copy, which the next run drops first."""
+    name = vector_index_name(table.name)
+    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=_BUILDER_WAIT_S):
+        for (leftover,) in connection.execute(_LEFTOVERS, (name + "_ccnew%", name + "_ccold%")).fetchall():
+            _drop(connection, leftover)
+        started = time.perf_counter()
+        with _lock_timeout(connection, _CONCURRENT_WAIT_MS), _build_memory(connection, model, rows):
+            connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
+        _record(connection, table, rows, started)
+
+
+def _drop(connection: Connection[Any], name: str) -> None:
     with _lock_timeout(connection):
-        for table in tables:
-            name = sql.Identifier(vector_index_name(table.name))
-            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(name))
+        connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
 
 
-def missing_indexes(connection: Connection[Any]) -> list[Table]:
-    """The tables whose vector index is missing or invalid."""
-    return [table for table in INDEXED_TABLES if not _is_valid(connection, table)]
+def _record(connection: Connection[Any], table: Table, rows: int, started: float) -> None:
+    name, duration_ms = vector_index_name(table.name), (time.perf_counter() - started) * 1000
+    record = {"index": name, "table": table.name, "rows": rows, "duration_ms": duration_ms}
+    connection.execute(_RECORD_BUILD, record)
+    logger.info("vector_index.built", extra=record)
 
 
 def _is_valid(connection: Connection[Any], table: Table) -> bool:
@@ -74,35 +98,30 @@ def _is_valid(connection: Connection[Any], table: Table) -> bool:
 
 def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
     name = vector_index_name(table.name)
-    identifier = sql.Identifier(name)
     started = time.perf_counter()
     [(rows,)] = connection.execute(_COUNT_VECTORS.format(sql.Identifier(table.name))).fetchall()
     try:
-        with _lock_timeout(connection):
-            # An interrupted build leaves an invalid index behind.
-            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(identifier))
+        _drop(connection, name)  # an interrupted build leaves an invalid index behind
+        with _lock_timeout(connection, _CONCURRENT_WAIT_MS if rows else _LOCK_TIMEOUT_MS):
             _build(connection, table, model, rows)
     except (pg.InsufficientPrivilege, pg.LockNotAvailable) as exc:
         _drop_leftover(connection, name)
         logger.warning("vector_index.not_built", extra={"index": name, "reason": str(exc).strip()})
         return False
-    duration_ms = (time.perf_counter() - started) * 1000
-    record = {"index": name, "table": table.name, "rows": rows, "duration_ms": duration_ms}
-    connection.execute(_RECORD_BUILD, record)
-    logger.info("vector_index.built", extra=record)
+    _record(connection, table, rows, started)
     return True
 
 
 def _build(connection: Connection[Any], table: Table, model: Model, rows: int) -> None:
     statement = _create_index(table, model, concurrently=rows > 0)
-    name = sql.Identifier(vector_index_name(table.name))
+    name = vector_index_name(table.name)
     with _build_memory(connection, model, rows):
         try:
             with _spill_notices(connection, model, rows):
                 connection.execute(statement.encode())
         except pg.DiskFull:
             # A parallel build keeps the graph in shared memory, which containers limit to 64 MB.
-            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(name))
+            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
             connection.execute("SET max_parallel_maintenance_workers = 0")
             with _spill_notices(connection, model, rows):
                 connection.execute(statement.encode())
@@ -157,9 +176,9 @@ def _spill_notices(connection: Connection[Any], model: Model, rows: int) -> Iter
 
 
 @contextmanager
-def _lock_timeout(connection: Connection[Any]) -> Iterator[None]:
+def _lock_timeout(connection: Connection[Any], timeout_ms: int = _LOCK_TIMEOUT_MS) -> Iterator[None]:
     """Do not queue for long behind another session's lock: others would queue behind us."""
-    connection.execute(f"SET lock_timeout = {_LOCK_TIMEOUT_MS}")
+    connection.execute(f"SET lock_timeout = {timeout_ms}")
     try:
         yield
     finally:
@@ -171,6 +190,6 @@ def _drop_leftover(connection: Connection[Any], name: str) -> None:
     row = connection.execute(_IS_VALID, (name,)).fetchone()
     if row and not row[0]:
         try:
-            connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(name)))
+            _drop(connection, name)
         except psycopg.Error as exc:
             logger.warning("vector_index.leftover", extra={"index": name, "reason": str(exc).strip()})

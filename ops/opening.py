@@ -30,7 +30,9 @@ def redis_url(options: Common) -> str | Literal[False] | None:
 def target_url(options: Common) -> Iterator[str]:
     """The URL of the database that the command line and the environment name; the embedded one is started."""
     settings = Settings.load({} if options.database_url is None else {"database_url": options.database_url})
-    url = settings.postgres_url()
+    # Locks and index builds need a direct connection. The environment's may be one to another database.
+    direct = settings.direct_url() if options.database_url is None else None
+    url = direct or settings.postgres_url()
     if url is not None:
         yield url
         return

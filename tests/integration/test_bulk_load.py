@@ -135,8 +135,8 @@ def test_a_table_that_was_filled_just_before_the_load_keeps_its_index(
 ):
     look, oids, during = bulk_load._loadable_tables, [], []
 
-    def overtaken(connection):
-        found = look(connection)
+    def overtaken(connection, inputs):
+        found = look(connection, inputs)
         if not oids:  # between this look and the lock another loader does all of its work
             oids.append(None)
             with db.connect(database_url, redis_url) as other:

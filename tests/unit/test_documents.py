@@ -1,5 +1,6 @@
 """What is accepted as a document, why the rest is not, and when two documents are the same."""
 
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 
@@ -155,9 +156,11 @@ def test_an_item_has_no_vector():
         as_item({**GOOD, "embedding": [1]})
 
 
-def test_a_private_field_is_no_key():
-    with pytest.raises(ValidationError, match="unknown key 'embedding_given'"):
-        as_document({**GOOD, "embedding_given": True})
+def test_what_was_absent_stays_absent_in_a_copy():
+    absent, removed, filled = (Document("a", "text", **e) for e in ({}, {"embedding": None}, {"embedding": [1.0]}))
+    for copied in (lambda d: replace(d, text="other"), lambda d: as_document(asdict(d))):
+        assert [copied(d).embedding_given for d in (absent, removed, filled)] == [False, True, True]
+    assert replace(absent, embedding=[1.0]).embedding_given
 
 
 def test_a_mapping_and_a_document_mean_the_same():
