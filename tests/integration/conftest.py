@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -26,6 +27,17 @@ def sql(admin: psycopg.Connection[Any]) -> Rows:
         return cursor.fetchall() if cursor.description else []
 
     return run
+
+
+@pytest.fixture
+def url_as(database_url: str) -> Callable[[str, str], str]:
+    """`url_as(role, password)` is the test's database as that role, over the network or a socket."""
+
+    def url(role: str, password: str) -> str:
+        parts = urlsplit(database_url)
+        return parts._replace(netloc=f"{role}:{password}@{parts.netloc.rpartition('@')[2]}").geturl()
+
+    return url
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psycopg
 import pytest
 
 import db
@@ -290,23 +289,21 @@ def test_an_invalid_index_is_built_anew(registered, indexes, sql):
 
 
 @pytest.fixture
-def plain_url(registered, database_url, sql):
+def plain_url(registered, url_as, sql):
     """The database, as a role that may write and read it and owns nothing."""
     [(role,)] = sql("SELECT current_database() || '_plain'")
     sql(f"CREATE ROLE {role} LOGIN PASSWORD 'plain'")
     for kind in ("TABLES", "SEQUENCES"):
         sql(f"GRANT ALL ON ALL {kind} IN SCHEMA public TO {role}")
     sql(f"GRANT EXECUTE ON FUNCTION pg_control_system() TO {role}")
-    yield psycopg.conninfo.make_conninfo(database_url, user=role, password="plain")
+    yield url_as(role, "plain")
     sql(f"DROP OWNED BY {role}")
     sql(f"DROP ROLE {role}")
 
 
-def test_a_role_that_may_not_build_just_writes(plain_url, database_url, indexes, sql):
+def test_a_role_that_may_not_build_just_writes(plain_url, indexes, sql):
     before = index_oids(sql)
-    parts = psycopg.conninfo.conninfo_to_dict(plain_url)
-    url = f"postgresql://{parts['user']}:plain@{parts['host']}:{parts.get('port', 5432)}/{parts['dbname']}"
-    with db.connect(url, False) as store:
+    with db.connect(plain_url, False) as store:
         result = store.batch_upsert(documents(MANY))
         assert (result.inserted, result.failed) == (MANY, 0)
         with pytest.raises(db.PermissionDeniedError), store.bulk_load():

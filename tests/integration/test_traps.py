@@ -57,27 +57,26 @@ def test_chunk_ids_that_count_from_one_are_replaced(store, sql):
     assert [(c.id, c.text) for c in store.get(["a"])[0].chunks] == [(f"a#{n}", f"d{n}") for n in range(4)]
 
 
-def test_a_reader_may_search_a_text(database_url, store, admin, until):
+def test_a_reader_may_search_a_text(store, sql, url_as, until):
     store.batch_upsert([{"id": "a", "text": "t", "embedding": VECTOR}])
-    role = f"reader_{database_url.rpartition('/')[2][-40:]}"
-    admin.execute(f'CREATE ROLE "{role}"')
+    [(role,)] = sql("SELECT current_database() || '_reader'")
+    sql(f"CREATE ROLE {role} LOGIN PASSWORD 'reader'")
+    sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
     try:
-        admin.execute(f'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "{role}"')
-        url = f"{database_url}{'&' if '?' in database_url else '?'}options=-c%20role%3D{role}"
         embedder = db.CallableEmbedder(lambda texts: [VECTOR for _ in texts], "test-model", 8)
-        with db.connect(url, False, embedder=embedder) as reader:
+        with db.connect(url_as(role, "reader"), False, embedder=embedder) as reader:
             assert reader.search("hello")[0].id == "a"
     finally:
-        until(lambda: not admin.execute("SELECT FROM pg_stat_activity WHERE usename = %s", (role,)).fetchall())
-        admin.execute(f'DROP OWNED BY "{role}"')
-        admin.execute(f'DROP ROLE "{role}"')
+        until(lambda: not sql("SELECT 1 FROM pg_stat_activity WHERE usename = %s", role))
+        sql(f"DROP OWNED BY {role}")
+        sql(f"DROP ROLE {role}")
 
 
 @pytest.mark.parametrize("wrong", [{"redis_url": "localhost:6379"}, {"chunk_size": 100, "chunk_overlap": 100}])
 def test_a_store_that_does_not_open_leaves_nothing_open(database_url, admin, until, wrong):
     with pytest.raises(db.ValidationError):
         db.connect(database_url, **wrong)
-    ours = "SELECT FROM pg_stat_activity WHERE application_name LIKE 'vectorkeep%%' AND datname = current_database()"
+    ours = "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'vectorkeep%%' AND datname = current_database()"
     until(lambda: not admin.execute(ours).fetchall())
 
 
