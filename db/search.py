@@ -194,7 +194,7 @@ def _statement(
         order = sql.SQL("{} {} %s::vector::{}").format(expression, operator, half)
         order_values = [vector]
     # The limits are literals: a plan made for any limit reckons with a tenth of the table.
-    statement = _TEMPLATE[query.level].format(
+    statement = _TEMPLATE.format(
         life=LIFE,
         distance=distance,
         source=source,
@@ -202,37 +202,34 @@ def _statement(
         order=order,
         limit=sql.Literal(query.k if exact else query.candidates),
         k=sql.Literal(query.k),
+        hits=_HITS[query.level],
     )
     return statement, [vector, *condition.values, *order_values]
 
 
 # The candidates carry ids and distances only: texts and metadata are read for the k that remain.
-_TEMPLATE = {
+_TEMPLATE = sql.SQL("""
+    SELECT pg_current_snapshot()::text, (SELECT {life}), hit.* FROM (SELECT) AS one LEFT JOIN (
+        WITH candidates AS MATERIALIZED (
+            SELECT target.id, {distance} AS distance FROM {source}
+            WHERE target.embedding IS NOT NULL AND {condition}
+            ORDER BY {order} LIMIT {limit}),
+        nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT {k})
+        {hits}
+    ) AS hit ON true ORDER BY hit.distance, hit.id
+""")
+_HITS = {
     "documents": sql.SQL("""
-        SELECT pg_current_snapshot()::text, (SELECT {life}), hit.* FROM (SELECT) AS one LEFT JOIN (
-            WITH candidates AS MATERIALIZED (
-                SELECT target.id, {distance} AS distance FROM {source}
-                WHERE target.embedding IS NOT NULL AND {condition}
-                ORDER BY {order} LIMIT {limit}),
-            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT {k})
-            SELECT target.id, target.id AS document_id, target.source_id, target.text, target.metadata,
-                   nearest.distance
-            FROM nearest JOIN embeddings AS target ON target.id = nearest.id
-        ) AS hit ON true ORDER BY hit.distance, hit.id
+        SELECT target.id, target.id AS document_id, target.source_id, target.text, target.metadata,
+               nearest.distance
+        FROM nearest JOIN embeddings AS target ON target.id = nearest.id
     """),
     "chunks": sql.SQL("""
-        SELECT pg_current_snapshot()::text, (SELECT {life}), hit.* FROM (SELECT) AS one LEFT JOIN (
-            WITH candidates AS MATERIALIZED (
-                SELECT target.id, {distance} AS distance FROM {source}
-                WHERE target.embedding IS NOT NULL AND {condition}
-                ORDER BY {order} LIMIT {limit}),
-            nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT {k})
-            SELECT target.id, coalesce(target.document_id, target.origin_id) AS document_id,
-                   target.source_id, target.text,
-                   coalesce(document.metadata, '{{}}') || target.metadata AS metadata, nearest.distance
-            FROM nearest JOIN chunks AS target ON target.id = nearest.id
-            LEFT JOIN embeddings AS document ON document.id = target.document_id
-        ) AS hit ON true ORDER BY hit.distance, hit.id
+        SELECT target.id, coalesce(target.document_id, target.origin_id) AS document_id,
+               target.source_id, target.text,
+               coalesce(document.metadata, '{}') || target.metadata AS metadata, nearest.distance
+        FROM nearest JOIN chunks AS target ON target.id = nearest.id
+        LEFT JOIN embeddings AS document ON document.id = target.document_id
     """),
 }
 

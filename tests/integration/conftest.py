@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
+import db
+from tests.integration.counting import Counting
+
 Rows = Callable[..., list[tuple[Any, ...]]]
 
 
@@ -51,3 +54,14 @@ def until() -> Callable[..., None]:
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture
+def embedder():
+    return Counting()
+
+
+@pytest.fixture
+def embedding_store(database_url, redis_url, embedder):
+    with db.connect(database_url, redis_url, embedder=embedder) as store:
+        yield store

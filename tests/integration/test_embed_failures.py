@@ -1,56 +1,11 @@
 """What embed_batch does where items are bad, or the embedder or the server fails."""
 
-import hashlib
-
 import numpy as np
 import pytest
 
 import db
 from db import CallableEmbedder, DimensionError, ValidationError
-
-DIMENSIONS = 16
-
-
-def vector_of(text):
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    return np.random.default_rng(seed).standard_normal(DIMENSIONS).astype(np.float32)
-
-
-class Counting:
-    """An embedder whose vectors depend on the text alone, and that remembers what it was asked."""
-
-    dimensions = DIMENSIONS
-
-    def __init__(self, model_id="counting"):
-        self.model_id = model_id
-        self.asked = []
-
-    def embed(self, texts):
-        self.asked.extend(texts)
-        return np.stack([vector_of(text) for text in texts])
-
-
-@pytest.fixture
-def embedder():
-    return Counting()
-
-
-@pytest.fixture
-def embedding_store(database_url, redis_url, embedder):
-    with db.connect(database_url, redis_url, embedder=embedder) as store:
-        yield store
-
-
-def items(count, prefix="text"):
-    return [
-        {"id": f"{n:05}", "text": f"{prefix} number {n}", "metadata": {"n": n}, "source_id": f"s{n % 3}"}
-        for n in range(count)
-    ]
-
-
-def counts(result):
-    names = ("inserted", "updated", "skipped", "deleted", "superseded", "failed", "cache_hits", "embedded")
-    return {name: getattr(result, name) for name in names if getattr(result, name)}
+from tests.integration.counting import DIMENSIONS, Counting, counts, items, vector_of
 
 
 def test_bad_items_stop_no_others(embedding_store):
