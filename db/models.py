@@ -133,10 +133,14 @@ class EmbeddingModel(Base):
     distance: Mapped[str] = mapped_column(Text)
     active: Mapped[bool] = mapped_column(server_default=sql("false"))
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    # What `maintain` tuned searches to, and why; None: the setting counts.
+    ef_search: Mapped[int | None] = mapped_column(Integer)
+    ef_search_reason: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("dimensions BETWEEN 1 AND 16000", name="dimensions"),
         CheckConstraint("distance IN ('cosine', 'l2', 'inner_product')", name="distance"),
+        CheckConstraint("ef_search BETWEEN 1 AND 1000", name="ef_search"),
         Index("embedding_models_one_active_idx", "active", unique=True, postgresql_where=sql("active")),
     )
 
@@ -202,6 +206,71 @@ class MaintenanceRun(Base):
     details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sql("'{}'::jsonb"))
     started_at: Mapped[datetime] = mapped_column(Timestamp)
     finished_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class RecallMeasurement(Base):
+    """One measurement of how much of the exact answers the index finds."""
+
+    __tablename__ = "recall_measurements"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    model_id: Mapped[str] = mapped_column(Text)
+    level: Mapped[str] = mapped_column(Text)
+    filtered: Mapped[bool]
+    k: Mapped[int] = mapped_column(Integer)
+    sample: Mapped[int] = mapped_column(Integer)
+    recall: Mapped[float] = mapped_column(Double)
+    recall_low: Mapped[float] = mapped_column(Double)
+    recall_high: Mapped[float] = mapped_column(Double)
+    ef_search: Mapped[int] = mapped_column(Integer)
+    recommended_ef_search: Mapped[int | None] = mapped_column(Integer)
+    indexed_ms_p50: Mapped[float] = mapped_column(Double)
+    exact_ms_p50: Mapped[float] = mapped_column(Double)
+    unreachable: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+    __table_args__ = (Index("recall_measurements_created_at_idx", sql("created_at DESC")),)
+
+
+class QuerySample(Base):
+    """A vector that was really asked for: recall of stored vectors alone flatters the index."""
+
+    __tablename__ = "query_samples"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    model_id: Mapped[str] = mapped_column(Text)
+    level: Mapped[str] = mapped_column(Text)
+    embedding: Mapped[Any] = mapped_column(VECTOR)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class IngestionPause(Base):
+    """At most one row: ingestion is paused. An owner with a backend is alive as long as that very session is."""
+
+    __tablename__ = "ingestion_pause"
+
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=sql("true"))
+    reason: Mapped[str] = mapped_column(Text)
+    owner: Mapped[str] = mapped_column(Text)
+    owner_pid: Mapped[int | None] = mapped_column(Integer)
+    owner_started_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    paused_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    expires_at: Mapped[datetime] = mapped_column(Timestamp)
+
+    __table_args__ = (CheckConstraint("singleton", name="singleton"),)
+
+
+class RebuildRun(Base):
+    """One rebuild of the tables, and how far it came."""
+
+    __tablename__ = "rebuild_runs"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    state: Mapped[str] = mapped_column(Text)
+    model_id: Mapped[str] = mapped_column(Text)
+    details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sql("'{}'::jsonb"))
+    started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
 def vector_index_name(table: str) -> str:
