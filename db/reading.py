@@ -1,5 +1,6 @@
 """Reading: a search through the cache, documents by id, stored hashes as a stream."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from .locks import LOCK_CLASS, Purpose
 from .models import Chunk, Embedding, WriteLog
 from .query_cache import CacheKey, QueryCache
 from .search import Query, Searcher
+from .tally import LOG_EVERY
 from .transactions import LoggedWrite, source_tag, workspace_tag
 from .types import Document, DocumentChunk, SearchResult, StoredHash
+
+logger = logging.getLogger("vectorkeep")
 
 _HASHES = """
     SELECT id, source_id, text_hash,
@@ -126,14 +130,19 @@ def _vector(data: bytes | None) -> Any:
 
 
 def iter_hashes(database: Database, source_id: str | None, batch_size: int) -> Iterator[StoredHash]:
-    """Stored hashes in order of id, through a server-side cursor that holds one batch at a time."""
+    """Stored hashes in order of id, through a server-side cursor that holds one batch at a time.
+
+    Its transaction, and so its snapshot, ends with the iteration, or when the iterator is closed.
+    """
     with translated(), database.connection() as connection, connection.transaction():
         # The caller may take its time with each batch.
         connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
         with connection.cursor(name="vectorkeep_hashes") as cursor:
             cursor.itersize = batch_size
             cursor.execute(_HASHES, {"source_id": source_id})
-            for id_, source, digest, chunk_digests in cursor:
+            for number, (id_, source, digest, chunk_digests) in enumerate(cursor, 1):
+                if number % LOG_EVERY == 0:
+                    logger.info("iter_hashes.progress", extra={"rows": number, "source_id": source_id})
                 yield StoredHash(id_, source, digest or b"", tuple(chunk_digests))
 
 

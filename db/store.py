@@ -398,7 +398,11 @@ class VectorStore(AbstractContextManager["VectorStore"]):
 
     @_call
     def iter_hashes(self, source_id: str | None = None, *, batch_size: int = 1000) -> Iterator[StoredHash]:
-        """The hashes of all stored documents, or of one source's, in order of id; one batch is in memory at a time."""
+        """The hashes of all stored documents, or of one source's, in order of id; one batch is in memory at a time.
+
+        They are those of one moment: the iterator holds a connection and its snapshot until it ends or is
+        closed, and while it does no VACUUM removes what died since. Close one that is not read to its end.
+        """
         _check_batch_size(batch_size)
         if source_id is not None:
             check_key("source_id", source_id)

@@ -1,16 +1,22 @@
 """Counting what became of each input, where the same id may come again in a later batch."""
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sized
-from itertools import islice
 from typing import Any, TypeVar
 
 from .types import Progress
 from .upsert import Outcome
 
+logger = logging.getLogger("vectorkeep")
+
 T = TypeVar("T")
 
+# Long runs tell in the log how far they are, each time so many more are done.
+LOG_EVERY = 50_000
+# A batch is closed by the input with which its texts reach this many characters.
+MAX_BATCH_CHARACTERS = 16 * 2**20
 # Ids of a call that are remembered. One that comes again beyond so many others counts as an update.
 _REMEMBERED = 100_000
 
@@ -61,8 +67,12 @@ class Tally:
         return outcome if earlier == "unchanged" else earlier
 
     def progress(self, inputs: int) -> None:
-        """Note that `inputs` more are done, and tell the caller."""
-        self.processed += inputs
+        """Note that `inputs` more are done, and tell the caller; now and then the log, too."""
+        before, self.processed = self.processed, self.processed + inputs
+        if self.processed // LOG_EVERY > before // LOG_EVERY:
+            with self._lock:
+                counts = {name: count for name, count in self._counts.items() if count}
+            logger.info("ingestion.progress", extra={"processed": self.processed, "total": self.total, **counts})
         if self._on_progress is not None:
             self._on_progress(self.processed, self.total)
 
@@ -73,6 +83,29 @@ def total_of(inputs: Any) -> int | None:
 
 
 def batches(inputs: Iterator[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to `size` inputs, in order. Reads no further than the batch it gives."""
-    while batch := list(islice(inputs, size)):
+    """Lists of up to `size` inputs, in order, fewer where their texts are long: a batch is held in memory.
+
+    Reads no further than the batch it gives.
+    """
+    batch: list[T] = []
+    characters = 0
+    for given in inputs:
+        batch.append(given)
+        characters += _characters(given)
+        if len(batch) >= size or characters >= MAX_BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
+
+
+def _characters(given: Any) -> int:
+    """How much text an input brings, with its chunks; 0 for what is no input at all. Asked for every input: fast."""
+    if isinstance(given, dict | Mapping):
+        text, chunks = given.get("text"), given.get("chunks")
+    else:
+        text, chunks = getattr(given, "text", None), getattr(given, "chunks", None)
+    characters = len(text) if isinstance(text, str) else 0
+    if chunks and isinstance(chunks, list | tuple):
+        characters += sum(map(_characters, chunks))
+    return characters

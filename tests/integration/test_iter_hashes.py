@@ -1,8 +1,12 @@
 """iter_hashes: all stored hashes in order, one batch at a time, however slow the caller is."""
 
+import logging
+import subprocess
+import sys
 import time
 from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -141,3 +145,50 @@ def test_a_server_that_ends_the_scan_is_an_error_of_ours(filled, sql):
 def test_bad_arguments_are_refused_at_once(store, bad):
     with pytest.raises(db.ValidationError, match=next(iter(bad))):
         store.iter_hashes(**bad)
+
+
+SCAN = """
+import resource, sys
+import db
+def peak_kb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with db.connect(sys.argv[1], False) as store:
+    assert sum(1 for _ in store.iter_hashes("few")) == 2000
+    before = peak_kb()
+    assert sum(1 for _ in store.iter_hashes("many")) == 60_000
+    print(peak_kb() - before)
+"""
+
+
+def test_memory_is_that_of_a_batch_however_many_rows_there_are(database_url, sql):
+    # 400 bytes a row and more: all of them at once would take 24 MB in libpq alone, a batch 0.4 MB.
+    sql("""
+        INSERT INTO embeddings (id, source_id, text, text_hash)
+        SELECT repeat('x', 400) || source || n, source, 't', sha256(n::text::bytea)
+        FROM (VALUES ('few', 2000), ('many', 60000)) AS given (source, rows), generate_series(1, rows) AS n
+    """)
+    root = Path(__file__).parents[2]
+    scan = [sys.executable, "-c", SCAN, database_url]
+    ended = subprocess.run(scan, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.stderr == ""
+    assert int(ended.stdout) < 8 * 1024
+
+
+def test_a_long_scan_tells_the_log_how_far_it_is(store, sql, caplog):
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+    sql("INSERT INTO embeddings (id, source_id, text) SELECT n, 's', 't' FROM generate_series(1, 100001) AS n")
+    assert sum(1 for _ in store.iter_hashes("s", batch_size=10_000)) == 100_001
+    told = [(r.rows, r.source_id) for r in caplog.records if r.getMessage() == "iter_hashes.progress"]
+    assert told == [(50_000, "s"), (100_000, "s")]
+
+
+def test_the_snapshot_goes_with_the_iterator(filled, sql):
+    held = """
+        SELECT count(*) FROM pg_stat_activity WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()
+        AND datname = current_database() AND backend_type = 'client backend'
+    """
+    hashes = filled.iter_hashes(batch_size=2)
+    next(hashes)
+    assert sql(held) == [(1,)]
+    hashes.close()
+    assert sql(held) == [(0,)]

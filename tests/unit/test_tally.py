@@ -1,11 +1,13 @@
 """Counting inputs: each once, by the last valid one of its id."""
 
+import logging
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import db
 from db import tally as tally_module
 from db.tally import Tally, batches, total_of
 
@@ -124,3 +126,37 @@ def test_batches_read_no_further_than_they_give():
     assert next(given_batches) == [0, 1]
     assert read == [0, 1]
     assert list(given_batches) == [[2, 3], [4]]
+
+
+def test_long_texts_make_short_batches(monkeypatch):
+    monkeypatch.setattr(tally_module, "MAX_BATCH_CHARACTERS", 100)
+    short = {"id": "short", "text": "x" * 10}
+    sixty = db.Item("sixty", "x" * 60)
+    chunked = db.Document("chunked", "x" * 50, chunks=[{"text": "x" * 30}, db.DocumentChunk("x" * 20)])
+    broken = [None, 7, "a string of more than a hundred characters" * 3, {"text": 200}, {"text": "", "chunks": 5}]
+    given_inputs = [sixty, short, sixty, sixty, sixty, chunked, short, *broken, short]
+    found = [len(batch) for batch in batches(iter(given_inputs), 1000)]
+    assert found == [3, 2, 1, 7]
+    assert [given for batch in batches(iter(given_inputs), 1000) for given in batch] == given_inputs
+
+
+def test_a_batch_that_is_full_of_text_is_given_before_more_is_read(monkeypatch):
+    monkeypatch.setattr(tally_module, "MAX_BATCH_CHARACTERS", 100)
+
+    def source():
+        yield db.Item("long", "x" * 101)
+        pytest.fail("read too far")
+
+    assert len(next(batches(source(), 10))) == 1
+
+
+def test_a_long_run_tells_the_log_how_far_it_is(caplog, monkeypatch):
+    monkeypatch.setattr(tally_module, "LOG_EVERY", 50)
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+    tally = Tally(1000, None)
+    tally.add({"a": "inserted"})
+    for inputs in (20, 20, 20, 30, 140, 1):
+        tally.progress(inputs)
+    told = [(r.getMessage(), r.processed, r.total, r.inserted) for r in caplog.records]
+    assert told == [("ingestion.progress", done, 1000, 1) for done in (60, 230)]
+    assert not hasattr(caplog.records[0], "failed")
