@@ -1,17 +1,24 @@
 """The parts of an open store: opened in order, told of each commit, closed in order."""
 
 import threading
+import time
 
 from . import embedded, migrate
+from .bulk_load import warn_of_missing_indexes
 from .chunking import Chunker
 from .config import Settings
 from .engine import Database, connect_directly, require_versions
 from .errors import ValidationError
 from .metrics import MetricsRecorder
+from .pause import SessionPause
 from .query_cache import QueryCache
+from .query_samples import QuerySampler
 from .registry import StoreModel
 from .search import Searcher
 from .transactions import LoggedWrite
+
+# How long a store may search with what another process has tuned anew since.
+_REFRESH_EVERY_S = 30.0
 
 
 class OpenParts:
@@ -28,13 +35,17 @@ class OpenParts:
             self.database.open()
             self.model = StoreModel(self.database)
             self.model.load()
+            warn_of_missing_indexes(self.database, self.model.registered)
             self.chunker = Chunker(settings.chunk_size, settings.chunk_overlap)
             self.cache = self._make_cache()
         except BaseException:
             self._close_connections()
             raise
+        self.pause = SessionPause(self.database)
         self.searcher = Searcher()
-        self.metrics = MetricsRecorder(self.database, background=self._deliver)
+        self.query_sampler = QuerySampler(self.database)
+        self.metrics = MetricsRecorder(self.database, background=self._work_in_background)
+        self._refresh_at = time.monotonic() + _REFRESH_EVERY_S
         self._delivered: list[int] = []
         self._closing = threading.Lock()
         self.closed = False
@@ -64,6 +75,13 @@ class OpenParts:
             self._delivered.append(write.id)
         self.metrics.start()
 
+    def _work_in_background(self) -> None:
+        self._deliver()
+        self.query_sampler.flush(closing=self.closed)
+        if time.monotonic() > self._refresh_at and not self.closed:
+            self._refresh_at = time.monotonic() + _REFRESH_EVERY_S
+            self.model.refresh_tuning()
+
     def _deliver(self) -> None:
         """Off the callers' path: note which writes were delivered, and deliver those that were not."""
         if self.cache is None:
@@ -81,6 +99,7 @@ class OpenParts:
 
     def close(self) -> None:
         """Write what metrics wait, give all connections back, leave the embedded servers."""
+        self.pause.close()
         self.metrics.close()
         if self.cache is not None:
             self.cache.client.close()

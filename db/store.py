@@ -1,7 +1,7 @@
 """The face of the library: `connect` opens a store, and every call of it begins here."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
@@ -167,17 +167,21 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         documents: Iterable[Document | Mapping[str, Any]],
         *,
         batch_size: int = 1000,
+        bulk: bulk_load.Bulk = "auto",
         on_progress: Progress | None = None,
     ) -> UpsertResult:
         """Insert or update `documents`, a batch a transaction; rows that did not change are not touched.
 
         A document that is not valid, or that the server refuses, is listed in `errors` and stops no other.
-        `documents` may be a generator of any length. `on_progress(processed, total)` is called after each batch.
+        `documents` may be a generator of any length. `on_progress(processed, total)` is called after each batch,
+        which ends early where its texts come to 16 Mi characters. `bulk` decides whether vector indexes are built
+        after the rows, see `db.bulk_load`; only True raises BusyError, where another bulk load runs.
         """
         _check_batch_size(batch_size)
+        _check_bulk(bulk)
         tally = Tally(total_of(documents), on_progress)
         with self._parts.metrics.measure("batch_upsert") as operation:
-            with bulk_load.automatic(self._parts.database, self._parts.model, tally.total):
+            with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
                 self._ingestion().upsert(documents, batch_size, tally)
             operation.counts = _counts(tally, "inserted", "updated", "unchanged", "superseded", "failed")
         return UpsertResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
@@ -189,18 +193,21 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         *,
         embedder: Embedder | None = None,
         batch_size: int = 1000,
+        bulk: bulk_load.Bulk = "auto",
         on_progress: Progress | None = None,
     ) -> EmbedResult:
         """Chunk, embed and store those of `items` that changed; the rest are skipped before anything is embedded.
 
         Where only metadata or source changed, the row is updated and nothing is embedded. An exception of the
-        embedder passes through; the batches before it are stored, and running again finishes the rest.
+        embedder passes through; the batches before it are stored, and running again finishes the rest. `bulk` and
+        `on_progress` are those of `batch_upsert`.
         """
         _check_batch_size(batch_size)
+        _check_bulk(bulk)
         texts = self._text_embedder(embedder)
         tally = Tally(total_of(items), on_progress)
         with self._parts.metrics.measure("embed_batch") as operation:
-            with bulk_load.automatic(self._parts.database, self._parts.model, tally.total):
+            with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
                 self._ingestion().embed(items, texts, batch_size, tally)
             operation.counts = _embed_counts(tally, texts, deleted=0)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
@@ -215,37 +222,51 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         dry_run: bool = False,
         embedder: Embedder | None = None,
         batch_size: int = 1000,
+        bulk: bulk_load.Bulk = "auto",
+        keep: Callable[[str], bool] | None = None,
         on_progress: Progress | None = None,
         wait_s: float = 0,
     ) -> EmbedResult:
         """Bring one source to exactly what `items` holds; their own `source_id` is not looked at.
 
         Documents of the source that `items` does not hold are deleted after the whole iteration ended well. An
-        item that is not valid keeps what is stored of it. No items at all need `allow_empty`. `dry_run` only
-        counts. Another sync of the source is waited for up to `wait_s` seconds, then BusyError says who runs it.
+        item that is not valid keeps what is stored of it, and so does a document for which `keep(id)`, asked at the
+        end, is true: one that could not be read. No items at all need `allow_empty`. `dry_run` only counts.
+        Another sync of the source is waited for up to `wait_s` seconds, then BusyError says who runs it. `bulk`
+        and `on_progress` are those of `batch_upsert`.
         """
         _check_batch_size(batch_size)
+        _check_bulk(bulk)
         check_key("source_id", source_id)
         texts = self._text_embedder(embedder, register=not dry_run)
         tally = Tally(total_of(items), on_progress)
-        bulk = nullcontext() if dry_run else bulk_load.automatic(self._parts.database, self._parts.model, tally.total)
+        bulk = False if dry_run else bulk
         with self._parts.metrics.measure("sync_dry_run" if dry_run else "sync") as operation:
-            with bulk:
-                deleted = SourceSync(self._ingestion(), source_id, tally).run(
-                    items, texts, batch_size=batch_size, allow_empty=allow_empty, dry_run=dry_run, wait_s=wait_s
-                )
+            deleted = SourceSync(self._ingestion(), source_id, tally).run(
+                items,
+                texts,
+                batch_size=batch_size,
+                allow_empty=allow_empty,
+                dry_run=dry_run,
+                keep=keep or (lambda _: False),
+                wait_s=wait_s,
+                bulk=bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally),
+            )
             operation.counts = _embed_counts(tally, texts, deleted)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
     @contextmanager
-    def bulk_load(self) -> Iterator[None]:
+    def bulk_load(self, *, only_into_empty: bool = False) -> Iterator[None]:
         """Inside, rows are written without vector indexes; at the end they are built, online and in parallel.
 
-        Searches go on and compare all rows meanwhile. Large writes into an empty store do this by themselves.
-        Raises BusyError where another bulk load runs.
+        Searches go on and compare all rows meanwhile. Large writes into an empty store do this by themselves;
+        `only_into_empty` does it for several calls together, and nothing where a row is stored or another bulk
+        load runs. Else BusyError is raised where another runs.
         """
         self._check_open()
-        with translated(), bulk_load.bulk_load(self._parts.database, self._parts.model):
+        database, model = self._parts.database, self._parts.model
+        load = bulk_load.automatic(database, model, None) if only_into_empty else bulk_load.bulk_load(database, model)
+        with translated(), load:
             yield
 
     @_call
@@ -313,7 +334,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         told: list[LoggedWrite] = []
         try:
             with translated(), self.engine.begin() as connection:
-                reading.lock_writers(connection)
+                reading.lock_writers(connection, self._parts.database)
                 connection.info["vectorkeep_writes"] = told
                 yield connection
         finally:
@@ -370,13 +391,14 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         filters = Filter(workspace, source_id, where)
         with self._parts.metrics.measure("search") as operation:
             vector = self._embed_query(query) if isinstance(query, str) else vectors.as_vector(query)
-            wanted = Query(
-                vector, k, level, filters, self._parts.settings.ef_search if ef_search is None else ef_search, exact
-            )
             model = self.model or self._reload_model()
+            if ef_search is None:
+                ef_search = model.ef_search_of(self.settings) if model else self.settings.ef_search
+            wanted = Query(vector, k, level, filters, ef_search, exact)
             if model is None:
                 return SearchResult(hits=(), complete=True, cached=False, exact=True)
             model.check_query(vector)
+            self._parts.query_sampler.offer(model.model_id, level, vector)
             cache = None if _in_transaction.get() else self._parts.cache
             result = retried(
                 lambda: reading.search(self._parts.database, self._parts.searcher, cache, wanted, model, consistency)
@@ -458,6 +480,23 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             on_progress=on_progress,
         )
         return maintenance.maintain(self._parts.database, self.model or self._reload_model(), plan)
+
+    @_call
+    def pause_ingestion(self, reason: str, *, ttl_s: float = 3600) -> None:
+        """Stop all writes to the store, by whichever process; searches go on. Returns when none is under way any more.
+
+        Writers wait or get PausedError, as their setting `on_pause` says. The pause ends with `resume_ingestion`,
+        after `ttl_s`, or when this store is closed or its process dies. Again: the pause begins anew.
+        Raises BusyError where another's pause is in force, or where a write does not end within a minute.
+        """
+        if _in_transaction.get():
+            raise ValidationError("pause_ingestion() cannot run inside transaction(), whose end it would wait for")
+        self._parts.pause.begin(reason, ttl_s=ttl_s)
+
+    @_call
+    def resume_ingestion(self) -> None:
+        """End the pause of ingestion, whoever took it."""
+        self._parts.pause.end()
 
     def close(self, *, deadline_s: float = 30, maintain: bool | None = None) -> None:
         """Write what metrics wait, give all connections back, leave the embedded servers. Safe to call twice.
@@ -542,6 +581,11 @@ def _embed_counts(tally: Tally, texts: TextEmbedder, deleted: int) -> dict[str, 
 def _check_batch_size(batch_size: int) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= 100_000:
         raise ValidationError(f"batch_size is {batch_size!r}; expected an integer from 1 to 100000")
+
+
+def _check_bulk(bulk: object) -> None:
+    if not isinstance(bulk, bool) and bulk != "auto":
+        raise ValidationError(f"bulk is {bulk!r}; expected True, False or 'auto'")
 
 
 def _check_consistency(consistency: str) -> Consistency:

@@ -1,6 +1,7 @@
 """Bringing one source to exactly what an iterable holds: what is no longer in it is deleted, at the very end."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +23,6 @@ _DELETE_AT_ONCE = 10_000
 _CREATE_SEEN = "CREATE TEMP TABLE vectorkeep_seen (id text)"
 _INDEX_SEEN = "CREATE INDEX ON vectorkeep_seen (id); ANALYZE vectorkeep_seen"
 _DROP_SEEN = "DROP TABLE IF EXISTS vectorkeep_seen"
-_COUNT_UNSEEN = """
-    SELECT count(*) FROM embeddings
-    WHERE source_id = %s AND NOT EXISTS (SELECT FROM vectorkeep_seen AS seen WHERE seen.id = embeddings.id)
-"""
 _UNSEEN = """
     SELECT id FROM embeddings
     WHERE source_id = %s AND NOT EXISTS (SELECT FROM vectorkeep_seen AS seen WHERE seen.id = embeddings.id)
@@ -54,14 +51,19 @@ class SourceSync:
         batch_size: int,
         allow_empty: bool,
         dry_run: bool,
+        keep: Callable[[str], bool],
         wait_s: float,
+        bulk: AbstractContextManager[None],
     ) -> int:
         """Embed and store what changed, then delete what `items` did not hold. Returns how many were deleted.
 
-        Where the iteration raises, nothing is deleted. Raises BusyError where another sync of the source runs.
+        Where the iteration raises, nothing is deleted. Of what `items` did not hold, `keep(id)` spares a document.
+        `bulk` is entered when no other sync of the source can run: one that has to give way drops no index.
+
+        Raises BusyError where another sync of the source runs.
         """
         database = self._ingestion.database
-        with database.maintenance() as connection, sync_lock(connection, self._source_id, wait_s=wait_s):
+        with database.maintenance() as connection, sync_lock(connection, self._source_id, wait_s=wait_s), bulk:
             connection.execute(_CREATE_SEEN)
             watched = self._watched(items, connection)
             if dry_run:
@@ -74,7 +76,10 @@ class SourceSync:
                     f"no items for source {self._source_id!r}; give allow_empty=True to delete all of it"
                 )
             connection.execute(_INDEX_SEEN)
-            deleted = self._count_unseen(connection) if dry_run else self._delete_unseen(connection)
+            deleted = 0
+            for ids in self._unseen(connection):
+                gone = [id_ for id_ in ids if not keep(id_)]
+                deleted += len(gone) if dry_run else self._delete(gone)
             connection.execute(_DROP_SEEN)
         return deleted
 
@@ -101,20 +106,18 @@ class SourceSync:
             copy_ids(cursor, "vectorkeep_seen", self._buffer)
         self._buffer.clear()
 
-    def _count_unseen(self, connection: Connection[Any]) -> int:
-        [(count,)] = connection.execute(_COUNT_UNSEEN, (self._source_id,)).fetchall()
-        return int(count)
-
-    def _delete_unseen(self, connection: Connection[Any]) -> int:
-        deleted, last = 0, ""
+    def _unseen(self, connection: Connection[Any]) -> Iterator[list[str]]:
+        """The ids of the source that were not among the items. Each is given once, deleted or not."""
+        last = ""
         while ids := [row[0] for row in connection.execute(_UNSEEN, (self._source_id, last, _DELETE_AT_ONCE))]:
-            last = ids[-1]  # what is not deleted, whatever stopped it, is not tried again
+            yield ids
+            last = ids[-1]
 
-            def delete(transaction: WriteTransaction, ids: list[str] = ids) -> int:
-                return delete_ids(transaction, self._still_there(transaction.cursor, ids)).deleted
+    def _delete(self, ids: list[str]) -> int:
+        def delete(transaction: WriteTransaction) -> int:
+            return delete_ids(transaction, self._still_there(transaction.cursor, ids)).deleted
 
-            deleted += run_write(self._ingestion.database, delete, after_commit=self._ingestion.after_commit)
-        return deleted
+        return run_write(self._ingestion.database, delete, after_commit=self._ingestion.after_commit) if ids else 0
 
     def _still_there(self, cursor: Cursor[Any], ids: list[str]) -> list[str]:
         """Those of `ids` that did not move to another source meanwhile."""

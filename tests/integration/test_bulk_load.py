@@ -173,6 +173,138 @@ def test_an_explicit_load_drops_indexes_in_use_and_builds_them_again(registered,
     assert_finds(registered, first)
 
 
+def unit_vectors(texts):
+    return np.random.default_rng(1).standard_normal((len(texts), 8))
+
+
+EMBEDDER = db.CallableEmbedder(unit_vectors, "test-model", 8)
+CALLS = {
+    "batch_upsert": lambda store, count, **kw: store.batch_upsert(documents(count, "new"), **kw),
+    "embed_batch": lambda store, count, **kw: store.embed_batch(
+        [db.Item(f"i{n}", f"text {n}") for n in range(count)], embedder=EMBEDDER, **kw
+    ),
+    "sync": lambda store, count, **kw: store.sync(
+        [db.Item(f"i{n}", f"text {n}") for n in range(count)], source_id="s", embedder=EMBEDDER, **kw
+    ),
+}
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@each_call
+def test_a_caller_who_asks_loads_without_the_indexes_in_use(registered, indexes, sql, call):
+    registered.batch_upsert(with_chunks(documents(3)))
+    before, during = index_oids(sql), []
+    result = call(registered, 5, bulk=True, on_progress=lambda *_: during.append(indexes()))
+    assert (result.inserted, during) == (5, [{}])
+    assert indexes() == INDEXES
+    assert not {row[2] for row in before} & {row[2] for row in index_oids(sql)}
+
+
+@each_call
+def test_a_caller_who_refuses_keeps_even_unused_indexes(registered, indexes, sql, call):
+    before, during = index_oids(sql), []
+    call(registered, MANY, bulk=False, on_progress=lambda *_: during.append(indexes()))
+    assert during == [INDEXES]
+    assert index_oids(sql) == before
+
+
+@each_call
+@pytest.mark.parametrize("bad", [None, "yes", 1])
+def test_another_bulk_is_refused(registered, call, bad):
+    with pytest.raises(db.ValidationError, match=f"bulk is {bad!r}; expected True, False or 'auto'"):
+        call(registered, 1, bulk=bad)
+
+
+def test_who_asks_while_another_loads_is_told_and_nothing_is_written(registered, database_url, redis_url, sql):
+    with db.connect(database_url, redis_url) as other, registered.bulk_load():
+        with pytest.raises(db.BusyError, match="bulk_load is locked by process"):
+            other.batch_upsert(documents(1), bulk=True)
+        assert sql("SELECT count(*) FROM embeddings") == [(0,)]
+        assert other.batch_upsert(documents(1), bulk=False).inserted == 1
+
+
+def test_a_sync_that_has_to_give_way_drops_no_index(registered, sql, indexes):
+    before = index_oids(sql)
+
+    def held():
+        yield db.Item("a", "text")
+        with pytest.raises(db.BusyError, match="sync of source 's'"):
+            CALLS["sync"](registered, MANY, bulk=True)
+        assert index_oids(sql) == before
+
+    registered.sync(held(), source_id="s", embedder=EMBEDDER, bulk=False)
+    assert index_oids(sql) == before
+
+
+def test_several_calls_into_an_empty_store_are_one_load(registered, indexes, sql):
+    with registered.bulk_load(only_into_empty=True):
+        for prefix in "abc":
+            registered.batch_upsert(documents(10, prefix))
+            assert indexes() == {}
+    assert indexes() == INDEXES
+    before = index_oids(sql)
+    with registered.bulk_load(only_into_empty=True):
+        assert indexes() == INDEXES
+    assert index_oids(sql) == before
+
+
+@pytest.fixture
+def advice(caplog):
+    """`advice()` gives the fields of each event that says a bulk load would be faster, since it was last asked."""
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+
+    def read():
+        told = [r for r in caplog.records if r.getMessage() == "bulk_load.would_be_faster"]
+        found = [(r.rows, r.stored, r.seconds_beside_index, round(r.seconds_bulk_load, 3)) for r in told]
+        caplog.clear()
+        return found
+
+    return read
+
+
+def test_where_an_index_in_use_cost_much_the_log_says_what_a_bulk_load_would(registered, advice):
+    registered.batch_upsert(documents(10))
+    registered.batch_upsert(iter(documents(MANY, "new")))
+    assert advice() == [(MANY, MANY + 10, 2.0, 0.202)]
+
+
+def test_nothing_is_advised_where_nothing_is_to_be_gained(registered, advice, sql):
+    registered.batch_upsert(documents(MANY, "first"))  # into an empty store: it was a bulk load
+    assert advice() == []
+    sql("UPDATE index_builds SET duration_ms = 200")
+    registered.batch_upsert(documents(MANY, "first"))  # unchanged
+    registered.batch_upsert(documents(MANY - 1, "few"))
+    registered.batch_upsert(documents(MANY, "refused"), bulk=False)
+    registered.batch_upsert(documents(MANY, "asked"), bulk=True)
+    assert advice() == []
+    sql("DROP INDEX embeddings_vector_idx")
+    registered.batch_upsert(iter(documents(MANY, "no index")))
+    assert advice() == []
+
+
+def test_the_prediction_uses_the_measured_rate_of_the_last_large_build(registered, advice, sql):
+    registered.batch_upsert(documents(1))
+    for rows, seconds in ((MANY, 0.1), (MANY, 1), (MANY - 1, 0.1)):  # the last but one counts: 1,000 rows a second
+        sql(
+            "INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms)"
+            " VALUES ('embeddings_vector_idx', 'embeddings', %s, 1, %s)",
+            rows,
+            seconds * 1000,
+        )
+    registered.batch_upsert(documents(MANY - 1, "few"), bulk=False)
+    registered.batch_upsert(documents(MANY, "a"))  # 2 s beside the index against 2 s: not clearly
+    assert advice() == []
+    registered.batch_upsert(documents(2 * MANY, "b"))  # 4 s against 4 s
+    assert advice() == []
+    registered.delete([f"few{n}" for n in range(MANY - 1)] + [f"a{n}" for n in range(MANY)])
+    registered.batch_upsert(documents(2 * MANY, "c"))
+    assert advice() == []
+    registered.delete([f"{prefix}{n}" for n in range(2 * MANY) for prefix in "bc"])
+    sql("UPDATE index_builds SET duration_ms = 800 WHERE duration_ms = 1000")
+    registered.batch_upsert(documents(MANY, "e"))
+    assert advice() == [(MANY, MANY + 1, 2.0, 0.801)]
+
+
 def test_a_load_that_raises_builds_all_the_same(registered, indexes):
     def load():
         with registered.bulk_load():
@@ -278,6 +410,45 @@ def test_the_next_large_write_finishes_what_a_killed_loader_left(left_by_a_kille
 def test_maintain_finishes_what_a_killed_loader_left(left_by_a_killed_loader, indexes):
     assert left_by_a_killed_loader.maintain().index_rebuilt
     assert indexes() == INDEXES
+
+
+@pytest.fixture
+def warned(caplog, database_url, redis_url):
+    """`warned()` opens the store, and gives what it warned of."""
+
+    def read(url=database_url):
+        caplog.clear()
+        with db.connect(url, redis_url):
+            return [(r.levelname, r.indexes, r.remedy) for r in caplog.records if r.msg == "vector_index.missing"]
+
+    return read
+
+
+def test_the_next_open_warns_of_what_a_killed_loader_left_and_names_the_remedy(left_by_a_killed_loader, warned):
+    assert warned() == [("WARNING", list(INDEXES), "run 'vectorkeep maintain'")]
+    left_by_a_killed_loader.maintain()
+    assert warned() == []
+
+
+def test_an_open_during_a_load_does_not_warn(registered, warned):
+    with registered.bulk_load():
+        assert warned() == []
+
+
+def test_an_invalid_index_is_warned_of(registered, warned, sql):
+    sql("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'chunks_vector_idx'::regclass")
+    assert warned() == [("WARNING", ["chunks_vector_idx"], "run 'vectorkeep maintain'")]
+
+
+def test_a_role_that_could_not_build_is_not_warned(left_by_a_killed_loader, plain_url, warned):
+    assert warned(plain_url) == []
+
+
+def test_a_store_without_a_model_or_with_one_too_long_to_index_does_not_warn(store, warned, database_url):
+    assert warned() == []
+    with db.connect(database_url, False, model_id="test-model", dimensions=4001) as long:
+        long.batch_upsert([{"id": "a", "text": "t", "embedding": np.ones(4001)}])
+    assert warned() == []
 
 
 def test_an_invalid_index_is_built_anew(registered, indexes, sql):

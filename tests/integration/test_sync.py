@@ -150,6 +150,26 @@ def test_items_that_are_not_valid_keep_what_is_stored_of_them(store, sources, sq
     assert sql("SELECT text FROM embeddings ORDER BY id") == [("text of a",), ("text of b",), ("text of c",)]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_the_caller_wants_kept_is_kept_and_only_that(store, sources, dry_run):
+    store.sync(items("a", "b", "c", "d"), source_id="s")
+    asked = []
+
+    def keep(id_):
+        asked.append(id_)
+        return id_ in unread
+
+    unread = []
+
+    def given():
+        yield from items("a")
+        unread.append("c")
+
+    assert counts(store.sync(given(), source_id="s", keep=keep, dry_run=dry_run)) == {"skipped": 1, "deleted": 2}
+    assert asked == ["b", "c", "d"]
+    assert sources() == {"s": ["a", "b", "c", "d"] if dry_run else ["a", "c"]}
+
+
 def test_a_dry_run_changes_nothing_and_tells_what_the_real_one_then_does(store, sql, embedder):
     store.sync(items("a", "b", "c", "d"), source_id="s")
     store.sync(items("x"), source_id="t")
