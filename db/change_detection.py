@@ -8,6 +8,9 @@ from psycopg import Connection, Cursor
 
 from .documents import HashedItem, PreparedDocument
 
+# LATERAL and OFFSET 0: each id is looked up in the primary key. A planner that takes a table for small would read
+# and hash all of it for every batch: 17 ms instead of 1 ms at 8,000 rows.
+
 # Of the rows of a batch, those that are new or differ in a part that was given; true for the stored ones.
 _CHANGED = """
     SELECT given.id, stored.id IS NOT NULL
@@ -15,7 +18,9 @@ _CHANGED = """
                 %(vector_given)b::bool[], %(vector)b::bytea[],
                 %(chunks_given)b::bool[], %(chunks)b::bytea[])
          AS given (id, content_hash, vector_given, vector_hash, chunks_given, chunks_hash)
-    LEFT JOIN embeddings AS stored ON stored.id = given.id
+    LEFT JOIN LATERAL (
+        SELECT id, content_hash, vector_hash, chunks_hash, embedding FROM embeddings WHERE id = given.id OFFSET 0
+    ) AS stored ON true
     WHERE stored.content_hash IS DISTINCT FROM given.content_hash
        OR given.vector_given AND (stored.vector_hash IS DISTINCT FROM given.vector_hash
                                   OR stored.vector_hash IS NULL AND stored.embedding IS NOT NULL)
@@ -31,7 +36,9 @@ _CHANGED_ITEMS = """
                     AND stored.vector_hash IS NOT NULL, false)
     FROM unnest(%(ids)b::text[], %(text)b::bytea[], %(content)b::bytea[])
          AS given (id, text_hash, content_hash)
-    LEFT JOIN embeddings AS stored ON stored.id = given.id
+    LEFT JOIN LATERAL (
+        SELECT id, text_hash, content_hash, vector_hash, model_id FROM embeddings WHERE id = given.id OFFSET 0
+    ) AS stored ON true
     WHERE stored.content_hash IS DISTINCT FROM given.content_hash
        OR stored.model_id IS DISTINCT FROM %(model_id)s
        OR stored.vector_hash IS NULL

@@ -19,6 +19,9 @@ from .types import Document, DocumentChunk, Item
 
 MAX_KEY_BYTES = 1024
 _MAX_DEPTH = 100
+# Values of these types cannot come out of orjson changed.
+_PLAIN = frozenset((str, int, bool, type(None)))
+_ESCAPED_NUL = b"\\u0000"
 
 
 # The classes of this file are made once for every input: frozen ones would take three times as long to make.
@@ -194,6 +197,8 @@ def canonical_metadata(metadata: Any) -> bytes:
     """
     if not isinstance(metadata, Mapping):
         raise ValidationError(f"metadata is {_shown(metadata)}; expected an object")
+    if (plain := _plain_json(metadata)) is not None:
+        return plain
     try:
         _check_json(metadata, 0)
         return orjson.dumps(metadata, default=_as_dict, option=orjson.OPT_SORT_KEYS)
@@ -202,6 +207,17 @@ def canonical_metadata(metadata: Any) -> bytes:
         raise ValidationError(f"metadata{where} {exc.reason}") from None
     except (TypeError, RecursionError) as exc:
         raise ValidationError(f"metadata is not JSON-serializable: {exc}") from exc
+
+
+def _plain_json(metadata: Mapping[Any, Any]) -> bytes | None:
+    """Flat and simple `metadata`, nearly all there is, as canonical JSON; None where it must be looked at closely."""
+    if type(metadata) is not dict or not _PLAIN.issuperset(map(type, metadata.values())):
+        return None
+    try:
+        data = orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return None
+    return None if _ESCAPED_NUL in data else data
 
 
 class _BadJsonError(Exception):

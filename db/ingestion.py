@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import errors as pg
 
+from .batch_codec import BatchCodec, vectors_of
 from .change_detection import ItemChange, changed_ids, changed_items
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
@@ -33,6 +34,8 @@ H = TypeVar("H", bound=HashedItem)
 # the rest goes through. 57014 is a statement that took too long.
 _REFUSALS = ("0A", "22", "23", "44", "54", "P0")
 
+_IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM embeddings)"
+
 
 @dataclass(frozen=True, slots=True)
 class Ingestion:
@@ -43,10 +46,18 @@ class Ingestion:
     after_commit: Callable[[LoggedWrite], None]
 
     def upsert(self, documents: Iterable[Document | Mapping[str, Any]], batch_size: int, tally: Tally) -> None:
-        """Write `documents` batch by batch; one that is not valid or is refused never stops the others."""
+        """Write `documents` batch by batch; one that is not valid or is refused never stops the others.
+
+        A load into an empty store compares nothing, as long as all it brings turns out to be new.
+        """
+        all_new = self._is_empty()
         for batch in batches(iter(documents), batch_size):
-            checked = _checked(batch, lambda given: prepare(given, self.model), tally)
-            self._write(self._changed_documents(checked, tally), tally)
+            codec = BatchCodec(self.model, vectors_of(batch))
+            checked = _checked(batch, lambda given, codec=codec: prepare(given, codec), tally)  # type: ignore[misc]
+            if all_new:
+                all_new = self._write(self._batch(checked, stored=frozenset()), tally)
+            else:
+                self._write(self._changed_documents(checked, tally), tally)
             tally.progress(len(batch))
 
     def embed(
@@ -98,12 +109,13 @@ class Ingestion:
         to_embed = [item for item in items if item.id in changed and not changed[item.id].vector_stays]
         stored = {id_ for id_, change in changed.items() if change.stored}
         embedded = embedder.embed_items(to_embed, stored)
+        codec = BatchCodec(self.model, (vector for item in embedded.values() for vector in item.vectors))
         documents = []
         for item in items:
             if item.id not in changed:
                 continue
             try:
-                documents.append(document_of(item, embedded.get(item.id), self.model))
+                documents.append(document_of(item, embedded.get(item.id), codec))
             except ValidationError as exc:
                 tally.fail(item.id, str(exc))
         return self._batch(documents, stored)
@@ -120,13 +132,24 @@ class Ingestion:
         stored = {id_ for id_, is_stored in changed.items() if is_stored}
         return self._batch([d for d in documents if d.id in changed], stored)
 
-    def _batch(self, documents: Sequence[PreparedDocument], stored: set[str]) -> UpsertBatch:
+    def _batch(self, documents: Sequence[PreparedDocument], stored: Set[str]) -> UpsertBatch:
         return UpsertBatch(documents, stored, self.model.model_id)
 
-    def _write(self, batch: UpsertBatch, tally: Tally) -> None:
-        """Write `batch`; one that the server refuses is halved until the culprit is alone."""
+    def _is_empty(self) -> bool:
+        def look() -> bool:
+            with self.database.connection() as connection:
+                [(empty,)] = connection.execute(_IS_EMPTY).fetchall()
+                return bool(empty)
+
+        return retried(look)
+
+    def _write(self, batch: UpsertBatch, tally: Tally) -> bool:
+        """Write `batch`; one that the server refuses is halved until the culprit is alone.
+
+        Returns whether every document of it was new.
+        """
         if not batch.documents:
-            return
+            return True
         try:
             outcomes: Mapping[str, Outcome] = run_write(self.database, batch.write, after_commit=self.after_commit)
         except psycopg.Error as exc:
@@ -135,12 +158,13 @@ class Ingestion:
                 raise  # one row that takes too long says nothing of the row: the server is slow, or was told to stop
             if alone:
                 tally.fail(batch.documents[0].id, f"refused by the server: {_reason(exc)}")
-                return
+                return False
             middle = len(batch.documents) // 2
             for half in (batch.documents[:middle], batch.documents[middle:]):
                 self._write(replace(batch, documents=half), tally)
-        else:
-            tally.add(outcomes)
+            return False
+        tally.add(outcomes)
+        return all(outcome == "inserted" for outcome in outcomes.values())
 
 
 @dataclass(slots=True)
@@ -148,7 +172,7 @@ class _PendingWrite:
     """A write under way, the ids in it, and whom to tell when it is done."""
 
     ids: Set[str] = frozenset()
-    future: "Future[None] | None" = None
+    future: "Future[bool] | None" = None
     done: Callable[[], None] = lambda: None
 
     def overlaps(self, items: Iterable[HashedItem]) -> bool:

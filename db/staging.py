@@ -5,7 +5,7 @@ OID is needed for vectors.
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ _NULL = struct.pack(">i", -1)
 _LENGTH = struct.Struct(">i").pack
 _INT = struct.Struct(">ii").pack
 _TIME = struct.Struct(">iq").pack
+_DIGEST = _LENGTH(32)  # of a sha256
 _FIELDS = struct.Struct(">h").pack
 _PG_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _JSONB_VERSION = b"\x01"
@@ -55,8 +56,7 @@ def create_staging(cursor: Cursor[Any]) -> None:
 
 def stage_documents(cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str, now: datetime) -> None:
     """COPY `documents` into `vectorkeep_documents`; an absent `created_at` is NULL there."""
-    rows = (_document_row(d, model_id, d.created_at, d.updated_at or now) for d in documents)
-    _copy(cursor, "vectorkeep_documents", _DOCUMENT_COLUMNS, rows)
+    _copy(cursor, "vectorkeep_documents", _DOCUMENT_COLUMNS, _document_rows(documents, model_id, None, now))
 
 
 def stage_chunks(cursor: Cursor[Any], documents: Iterable[PreparedDocument]) -> None:
@@ -66,13 +66,13 @@ def stage_chunks(cursor: Cursor[Any], documents: Iterable[PreparedDocument]) -> 
 
 def copy_documents(cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str, now: datetime) -> None:
     """COPY new `documents` straight into `embeddings`. Raises UniqueViolation where one is there already."""
-    rows = (_document_row(d, model_id, d.created_at or now, d.updated_at or now) for d in documents)
-    _copy(cursor, "embeddings", _DOCUMENT_COLUMNS, rows)
+    _copy(cursor, "embeddings", _DOCUMENT_COLUMNS, _document_rows(documents, model_id, now, now))
 
 
 def copy_chunks(cursor: Cursor[Any], documents: Iterable[PreparedDocument]) -> None:
     """COPY the chunks of new `documents` straight into `chunks`."""
-    _copy(cursor, "chunks", _CHUNK_COLUMNS, _chunk_rows(documents))
+    if any(document.chunks for document in documents):
+        _copy(cursor, "chunks", _CHUNK_COLUMNS, _chunk_rows(documents))
 
 
 def copy_vectors(cursor: Cursor[Any], rows: Iterable[tuple[bytes, bytes]]) -> None:
@@ -113,50 +113,60 @@ def _copy(cursor: Cursor[Any], table: str, columns: Sequence[str], rows: Iterabl
         copy.write(bytes(buffer + _TRAILER))
 
 
-def _document_row(
-    document: PreparedDocument, model_id: str, created_at: datetime | None, updated_at: datetime
-) -> bytes:
-    return b"".join(
-        (
-            _FIELDS(13),
-            _text(document.id),
-            _text(document.source_id),
-            _text(document.workspace),
-            _text(document.text),
-            _bytes(document.text_hash),
-            _bytes(document.content_hash),
-            _bytes(document.vector_hash),
-            _bytes(document.chunks_hash),
-            _text(model_id if document.vector is not None else None),
-            _bytes(document.vector),
-            _jsonb(document.metadata),
-            _time(created_at),
-            _time(updated_at),
+def _document_rows(
+    documents: Iterable[PreparedDocument], model_id: str, created_at: datetime | None, updated_at: datetime
+) -> Iterator[bytes]:
+    """`created_at` and `updated_at` are for documents that do not say when."""
+    head, model, created, updated = _FIELDS(13), _text(model_id), _time(created_at), _time(updated_at)
+    for d in documents:
+        yield b"".join(
+            (
+                head,
+                _text(d.id),
+                _text(d.source_id),
+                _NULL if d.workspace is None else _text(d.workspace),
+                _text(d.text),
+                _DIGEST,
+                d.text_hash,
+                _DIGEST,
+                d.content_hash,
+                _bytes(d.vector_hash),
+                _bytes(d.chunks_hash),
+                _NULL if d.vector is None else model,
+                _bytes(d.vector),
+                _jsonb(d.metadata),
+                created if d.created_at is None else _time(d.created_at),
+                updated if d.updated_at is None else _time(d.updated_at),
+            )
         )
-    )
 
 
-def _chunk_rows(documents: Iterable[PreparedDocument]) -> Iterable[bytes]:
+def _chunk_rows(documents: Iterable[PreparedDocument]) -> Iterator[bytes]:
+    head = _FIELDS(9)
     for document in documents:
-        shared = _text(document.source_id) + _text(document.workspace)
+        id_, source_id = _text(document.id), _text(document.source_id)
+        workspace = _NULL if document.workspace is None else _text(document.workspace)
         for chunk in document.chunks or ():
             yield b"".join(
                 (
-                    _FIELDS(9),
+                    head,
                     _text(chunk.id),
-                    _text(document.id),
+                    id_,
                     _INT(4, chunk.index),
-                    shared,
+                    source_id,
+                    workspace,
                     _text(chunk.text),
-                    _bytes(chunk.text_hash),
+                    _DIGEST,
+                    chunk.text_hash,
                     _bytes(chunk.vector),
                     _jsonb(chunk.metadata),
                 )
             )
 
 
-def _text(value: str | None) -> bytes:
-    return _bytes(None if value is None else value.encode())
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return _LENGTH(len(data)) + data
 
 
 def _bytes(value: bytes | None) -> bytes:
@@ -164,7 +174,7 @@ def _bytes(value: bytes | None) -> bytes:
 
 
 def _jsonb(value: bytes) -> bytes:
-    return _bytes(_JSONB_VERSION + value)
+    return _LENGTH(len(value) + 1) + _JSONB_VERSION + value
 
 
 def _time(value: datetime | None) -> bytes:

@@ -51,6 +51,8 @@ _MOVE_CHUNKS = """
       AND (chunks.source_id, chunks.workspace) IS DISTINCT FROM (document.source_id, document.workspace)
 """
 
+_ANY_DETACHED = "SELECT EXISTS (SELECT FROM chunks WHERE document_id IS NULL)"
+
 # Detached chunks stand in the source and workspace that their document had: those are changed, too.
 _TAKE_BACK_DETACHED = """
     WITH detached AS (
@@ -135,26 +137,34 @@ class UpsertBatch:
         if updated:
             _update_stored(cursor, updated, stored, self.model_id, now)
             _chunks_of_updated(transaction, updated, stored)
-        for document in (*new, *updated):
-            transaction.touch(document.source_id, document.workspace)
-        for document in updated:
-            transaction.touch(stored[document.id].source_id, stored[document.id].workspace)
+        touched = {(document.source_id, document.workspace) for document in (*new, *updated)}
+        touched |= {(stored[document.id].source_id, stored[document.id].workspace) for document in updated}
+        for source_id, workspace in touched:
+            transaction.touch(source_id, workspace)
         outcomes: dict[str, Outcome] = {d.id: "unchanged" for d in self.documents}
         outcomes |= dict.fromkeys(inserted, "inserted")
         outcomes |= dict.fromkeys((d.id for d in updated), "updated")
         return outcomes
 
 
+def _any_detached(transaction: WriteTransaction) -> bool:
+    """Whether there are detached chunks at all: nearly always not, and then no document needs to be asked about."""
+    [(exist,)] = transaction.cursor.execute(_ANY_DETACHED).fetchall()
+    return bool(exist)
+
+
 def _give_way(transaction: WriteTransaction, documents: Sequence[PreparedDocument]) -> None:
     """Remove detached chunks of the `documents` that come with chunks of their own."""
-    if ids := [d.id for d in documents if d.chunks is not None]:
+    ids = [d.id for d in documents if d.chunks is not None]
+    if ids and _any_detached(transaction):
         for source_id, workspace in transaction.cursor.execute(_DELETE_DETACHED, (ids,)).fetchall():
             transaction.touch(source_id, workspace)
 
 
 def _take_back(transaction: WriteTransaction, new: Sequence[PreparedDocument]) -> None:
     """Give detached chunks of the `new` documents back to those that come without."""
-    if ids := [d.id for d in new if d.chunks is None]:
+    ids = [d.id for d in new if d.chunks is None]
+    if ids and _any_detached(transaction):
         for source_id, workspace in transaction.cursor.execute(_TAKE_BACK_DETACHED, (ids,)).fetchall():
             transaction.touch(source_id, workspace)
 

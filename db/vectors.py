@@ -50,6 +50,16 @@ def encode(vector: NDArray[np.float32]) -> bytes:
     return struct.pack(">HH", len(vector), 0) + vector.astype(">f4").tobytes()
 
 
+def encode_rows(rows: NDArray[np.float32]) -> list[bytes]:
+    """Each of the rows, shape (n, dimensions), in pgvector's binary form."""
+    dimensions = rows.shape[1]
+    head = np.frombuffer(struct.pack(">HH", dimensions, 0), dtype=np.uint8)
+    encoded = np.empty((len(rows), 4 + 4 * dimensions), dtype=np.uint8)
+    encoded[:, :4] = head
+    encoded[:, 4:] = rows.astype(">f4").view(np.uint8)
+    return [row.tobytes() for row in encoded]
+
+
 def decode(data: bytes) -> NDArray[np.float32]:
     """The float32 vector of `data` as `vector_send` gives it."""
     return np.frombuffer(data, dtype=">f4", offset=4).astype(np.float32)
@@ -89,6 +99,16 @@ def check_fits(vector: NDArray[np.float32], distance: Distance, *, indexed: bool
             raise ValidationError("vector is all zeros; cosine distance needs a direction")
     elif indexed and np.abs(vector).max() > MAX_HALF:
         raise ValidationError(f"vector has a component beyond ±{MAX_HALF:.0f}, which its halfvec index cannot hold")
+
+
+def fitting(rows: NDArray[np.float32], distance: Distance, *, indexed: bool) -> NDArray[np.bool_]:
+    """Which of the rows, shape (n, dimensions), are finite and pass `check_fits`, shape (n,)."""
+    good: NDArray[np.bool_] = np.isfinite(rows).all(axis=1)
+    if distance == "cosine":
+        good &= rows.any(axis=1)
+    elif indexed:
+        good &= np.abs(rows).max(axis=1) <= MAX_HALF
+    return good
 
 
 def check_dimensions(vector: NDArray[np.float32], dimensions: int) -> None:

@@ -41,6 +41,32 @@ def test_the_last_one_of_an_id_wins_within_a_batch_and_across_batches(store, bat
     assert [d.text for d in store.get(["a", "b"])] == ["3", "1"]
 
 
+@pytest.mark.parametrize("size", [1, 3, 5, 100])
+def test_a_first_load_that_repeats_ids_counts_and_stores_as_any_other(store, size):
+    """It compares nothing until an id comes again, and then it does."""
+    given = [doc(f"{n % 5}", f"text {n // 10}", embedding=[1.0, n % 5, *[0.0] * 6]) for n in range(15)]
+    result = store.batch_upsert(given, batch_size=size)
+    assert counts(result) == {"inserted": 5, "superseded": 10}
+    assert [d.text for d in store.get([str(n) for n in range(5)])] == ["text 1"] * 5
+    again = store.batch_upsert(given[10:], batch_size=size)
+    assert counts(again) == {"unchanged": 5}
+
+
+def test_a_first_load_that_another_writer_overtakes_loses_nothing(store, sql):
+    """What the other wrote first is updated, or left alone where it is the same."""
+
+    def documents():
+        yield doc("a", "a")
+        store.batch_upsert([doc("b", "other"), doc("c", "c")])
+        yield doc("b", "b")
+        yield doc("c", "c")
+        yield doc("d", "d")
+
+    result = store.batch_upsert(documents(), batch_size=1)
+    assert counts(result) == {"inserted": 2, "updated": 1, "unchanged": 1}
+    assert sql("SELECT id, text FROM embeddings ORDER BY id") == [("a", "a"), ("b", "b"), ("c", "c"), ("d", "d")]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_invalid_document_never_wins_over_a_valid_one(store, batch_size):
     result = store.batch_upsert([doc("a", "good"), doc("a", ""), doc("a", "\0")], batch_size=batch_size)

@@ -33,7 +33,7 @@ def unpacked(row):
 
 
 def document_fields(document, created_at=NOW, updated_at=NOW):
-    row = staging._document_row(prepare(document, Codec()), "m", created_at, updated_at)
+    [row] = staging._document_rows([prepare(document, Codec())], "m", created_at, updated_at)
     return dict(zip(staging._DOCUMENT_COLUMNS, unpacked(row), strict=True))
 
 
@@ -82,6 +82,13 @@ def test_what_is_absent_is_null_and_not_empty():
     fields = document_fields({"id": "a", "text": "t"}, created_at=None)
     absent = {name for name, value in fields.items() if value is None}
     assert absent == {"workspace", "embedding", "vector_hash", "chunks_hash", "model_id", "created_at"}
+
+
+def test_times_that_are_given_are_kept():
+    created, updated = NOW - timedelta(days=2), NOW - timedelta(days=1)
+    fields = document_fields({"id": "a", "text": "t", "created_at": created, "updated_at": updated})
+    assert struct.pack(">i", 8) + fields["created_at"] == staging._time(created)
+    assert struct.pack(">i", 8) + fields["updated_at"] == staging._time(updated)
 
 
 def test_chunks_carry_their_documents_source_and_workspace():
