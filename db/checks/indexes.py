@@ -1,0 +1,217 @@
+"""The indexes: none invalid, none missing. Mended online: nobody who reads or writes is stopped."""
+
+import re
+from collections.abc import Iterator
+
+from psycopg import sql
+from sqlalchemy import Index, MetaData, Table
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex
+
+from ..embedding_model import Model
+from ..index_health import inspect_indexes
+from ..locks import LOCK_CLASS, Purpose, advisory_lock
+from ..models import Base, vector_index_name
+from ..vector_index import INDEXED_TABLES, ensure_vector_indexes
+from .base import Examination, Found, Needs, check, fail, ok, warn
+from .schema import our_tables
+
+# CREATE, REINDEX and DROP ... CONCURRENTLY wait for older transactions, which stops nobody.
+_CONCURRENT_WAIT_MS = 600_000
+_LEFTOVER = re.compile(r"_cc(new|old)\d*$")
+
+# Whoever builds an index of a table now may have it invalid: it is no leftover.
+_INVALID = """
+    SELECT class.relname, index.indexrelid::regclass::text, table_class.relname
+    FROM pg_index AS index
+    JOIN pg_class AS class ON class.oid = index.indexrelid
+    JOIN pg_class AS table_class ON table_class.oid = index.indrelid
+    WHERE NOT (index.indisvalid AND index.indisready AND index.indislive)
+      AND index.indrelid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
+      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running WHERE running.relid = index.indrelid)
+    ORDER BY 1
+"""
+_BUILDING = """
+    SELECT index_relid::regclass::text, phase, pid,
+           round(100.0 * coalesce(nullif(blocks_done, 0), tuples_done)
+                 / nullif(coalesce(nullif(blocks_total, 0), tuples_total), 0))
+    FROM pg_stat_progress_create_index
+    WHERE relid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
+"""
+_EXISTS = "SELECT to_regclass(%s) IS NOT NULL"
+_LOAD_RUNS = """
+    SELECT pid FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = %s::oid AND objid = %s::oid
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+_VECTORS = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)")
+
+
+@check(
+    "invalid indexes",
+    Needs.SCHEMA,
+    "no index is invalid, as an interrupted build leaves one, and no _ccnew or _ccold is left of a REINDEX",
+    fix="drops what is left over, builds what is invalid again, online",
+    fine="every index is valid",
+)
+def invalid_indexes(examination: Examination) -> Iterator[Found]:
+    for name, phase, pid, percent in examination.rows(_BUILDING, our_tables()):
+        yield ok(f"{name} is being built by process {pid}: {phase}, {percent or 0:.0f} %")
+    for name, shown, table in examination.rows(_INVALID, our_tables()):
+        leftover = _LEFTOVER.search(name) is not None
+        what = "left of an interrupted REINDEX" if leftover else "invalid: its build was interrupted"
+
+        def mend(name: str = name, table: str = table, leftover: bool = leftover) -> str:
+            return _drop(examination, name) if leftover else _build_again(examination, name, table)
+
+        yield fail(
+            f"{shown} on {table} is {what}; it slows writes and serves no search",
+            f"vectorkeep doctor --fix, or psql -c '{'DROP' if leftover else 'REINDEX'} INDEX CONCURRENTLY {shown}'",
+            subject=name,
+            mend=mend,
+        )
+
+
+@check(
+    "missing indexes",
+    Needs.SCHEMA,
+    "every index and unique key of the schema is there",
+    fix="builds indexes online; unique keys only where their rows are unique",
+    fine="every index is there",
+)
+def missing_indexes(examination: Examination) -> Iterator[Found]:
+    for table in Base.metadata.sorted_tables:
+        for index in sorted(table.indexes, key=lambda one: str(one.name)):
+            if examination.value(_EXISTS, index.name):
+                continue
+
+            def mend(index: Index = index) -> str:
+                return _create(examination, index)
+
+            yield fail(
+                f"{index.name} on {table.name} is missing",
+                f"vectorkeep doctor --fix, or psql -c '{_create_statement(index)}'",
+                subject=str(index.name),
+                mend=mend,
+            )
+        yield from _missing_keys(examination, table)
+
+
+def _missing_keys(examination: Examination, table: Table) -> Iterator[Found]:
+    keys = {str(one.name): one for one in table.constraints if one.__visit_name__ == "unique_constraint"}
+    keys[f"{table.name}_pkey"] = table.primary_key
+    for name, key in keys.items():
+        if examination.value("SELECT count(*) FROM pg_constraint WHERE conname = %s", name):
+            continue
+        columns = ", ".join(column.name for column in key.columns)  # type: ignore[attr-defined]
+        kind = "PRIMARY KEY" if name.endswith("_pkey") else "UNIQUE"
+        yield fail(
+            f"the {kind.lower()} {name} ({columns}) of {table.name} is missing",
+            f"psql -c 'CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table.name} ({columns})' "
+            f"-c 'ALTER TABLE {table.name} ADD CONSTRAINT {name} {kind} USING INDEX {name}'",
+            subject=name,
+        )
+
+
+@check(
+    "vector indexes",
+    Needs.SCHEMA,
+    "each table with vectors has its vector index; an interrupted bulk load leaves it without",
+    fix="finishes the bulk load: builds the index online",
+)
+def vector_indexes(examination: Examination) -> Iterator[Found]:
+    model = examination.model
+    if model is None or not model.indexed:
+        yield ok("no model is registered" if model is None else f"{model.dimensions} dimensions: searches are exact")
+        return
+    missing = [t for t in INDEXED_TABLES if not examination.value(_EXISTS, vector_index_name(t.name))]
+    loaders = examination.rows(_LOAD_RUNS, LOCK_CLASS, int(Purpose.BULK_LOAD))
+    for table in missing:
+        name = vector_index_name(table.name)
+        if loaders:
+            yield ok(f"a bulk load runs in process {loaders[0][0]}; {name} is built at its end")
+            continue
+        [(filled,)] = examination.connection.execute(_VECTORS.format(sql.Identifier(table.name))).fetchall()
+
+        def mend(table: Table = table, model: Model = model) -> str:
+            return _build_vector_index(examination, table, model)
+
+        yield (fail if filled else warn)(
+            f"{name} is missing, left out by an interrupted bulk load or never built: searches compare all rows",
+            "vectorkeep doctor --fix, or vectorkeep maintain, as the owner of the tables",
+            subject=name,
+            mend=mend,
+        )
+    if not missing:
+        yield ok(f"{' and '.join(vector_index_name(t.name) for t in INDEXED_TABLES)} are there")
+
+
+@check("index health", Needs.SCHEMA, "the verdict of 'vectorkeep stats' on each vector index is healthy")
+def index_health(examination: Examination) -> Iterator[Found]:
+    reports = inspect_indexes(examination.connection, examination.model)
+    for report in reports:
+        if report.verdict == "healthy":
+            continue
+        judged = fail if report.verdict == "critical" else warn
+        yield judged(f"{report.name} is {report.verdict}: {'; '.join(report.reasons)}", "vectorkeep maintain")
+    if all(report.verdict == "healthy" for report in reports):
+        yield ok(", ".join(f"{r.name}: {r.indexed_rows} rows" for r in reports) or "no vector index is wanted yet")
+
+
+def _drop(examination: Examination, name: str) -> str:
+    with (
+        examination.mending() as connection,
+        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
+    ):
+        connection.execute(f"SET lock_timeout = {_CONCURRENT_WAIT_MS}")
+        connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
+    return f"{name} dropped"
+
+
+def _build_again(examination: Examination, name: str, table: str) -> str:
+    model = examination.model
+    ours = {vector_index_name(one.name): one for one in INDEXED_TABLES}
+    if name in ours and model is not None:
+        _drop(examination, name)
+        return _build_vector_index(examination, ours[name], model)
+    with (
+        examination.mending() as connection,
+        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
+    ):
+        connection.execute(f"SET lock_timeout = {_CONCURRENT_WAIT_MS}")
+        # Serves indexes under a constraint too, which cannot be dropped; it leaves no copy where it succeeds.
+        connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
+    return f"{name} on {table} built again"
+
+
+def _build_vector_index(examination: Examination, table: Table, model: Model) -> str:
+    """Build it as a bulk load does at its end. Raises BusyError where a load or another builder runs."""
+    with (
+        examination.mending() as connection,
+        advisory_lock(connection, Purpose.BULK_LOAD, wait_s=0),
+        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
+    ):
+        ensure_vector_indexes(connection, model, [table])
+    return f"{vector_index_name(table.name)} built"
+
+
+def _create(examination: Examination, index: Index) -> str:
+    with (
+        examination.mending() as connection,
+        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
+    ):
+        connection.execute(f"SET lock_timeout = {_CONCURRENT_WAIT_MS}")
+        connection.execute(_create_statement(index).encode())
+    return f"{index.name} built"
+
+
+def _create_statement(index: Index) -> str:
+    """CREATE INDEX CONCURRENTLY of an index of the schema."""
+    assert index.table is not None
+    copy = {one.name: one for one in index.table.to_metadata(MetaData()).indexes}[index.name]
+    copy.dialect_options["postgresql"]["concurrently"] = True
+    statement = CreateIndex(copy).compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+    return " ".join(str(statement).split())
+
+
+CHECKS = (invalid_indexes, missing_indexes, vector_indexes, index_health)

@@ -1,0 +1,78 @@
+"""What should be done now and then, and what was begun and not ended."""
+
+from collections.abc import Iterator
+
+from ..errors import BusyError
+from ..locks import LOCK_CLASS, Purpose
+from ..pause import lapsed_pause, recorded_pause
+from .base import Examination, Found, Needs, age, check, ok, warn
+
+_LAST_RUNS = """
+    SELECT extract(epoch FROM now() - max(finished_at) FILTER (WHERE success))::float8,
+           extract(epoch FROM now() - (SELECT min(created_at) FROM embedding_models))::float8,
+           (SELECT details::text FROM maintenance_runs WHERE NOT success ORDER BY finished_at DESC LIMIT 1)
+    FROM maintenance_runs WHERE operation = 'maintain'
+"""
+
+
+# Only the one that was looked at: another may have been taken meanwhile.
+_END_PAUSE = "DELETE FROM ingestion_pause WHERE paused_at = %s"
+_UNFINISHED = """
+    SELECT id, state, model_id, extract(epoch FROM clock_timestamp() - started_at)::float8,
+           EXISTS (SELECT FROM pg_locks
+                   WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = %s::oid AND objid = %s::oid
+                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+    FROM rebuild_runs WHERE finished_at IS NULL ORDER BY id
+"""
+
+
+@check("maintenance", Needs.SCHEMA, "'vectorkeep maintain' ended well within the last week")
+def maintenance(examination: Examination) -> Iterator[Found]:
+    [(last_s, store_s, failed)] = examination.rows(_LAST_RUNS)
+    limit_s = examination.limits.maintenance_days * 86_400
+    remedy = "vectorkeep maintain, daily from cron"
+    if last_s is not None:
+        found = f"ended well {age(last_s)} ago"
+        yield warn(found, remedy) if last_s > limit_s else ok(found)
+    elif (store_s or 0) > limit_s:
+        tried = f"; the last try: {failed}" if failed else ""
+        yield warn(f"never ended well on this store, which is {age(store_s)} old{tried}", remedy)
+    else:
+        yield ok("not due yet: the store is young")
+
+
+@check(
+    "pause",
+    Needs.SCHEMA,
+    "ingestion is not paused by somebody who is gone",
+    fix="resumes it",
+)
+def pause(examination: Examination) -> Iterator[Found]:
+    recorded = recorded_pause(examination.connection)
+    if recorded is None:
+        yield ok("ingestion is not paused")
+        return
+    if (lapsed := lapsed_pause(examination.connection)) is None:
+        yield ok(f"ingestion is paused {recorded}")
+        return
+
+    def mend() -> str:
+        with examination.mending() as connection:
+            if not connection.execute(_END_PAUSE, (lapsed.paused_at,)).rowcount:
+                raise BusyError("another pause was taken meanwhile")
+        return "resumed"
+
+    yield warn(f"a pause of ingestion was left {lapsed}; it stops nobody any more", "vectorkeep resume", mend=mend)
+
+
+@check("rebuild", Needs.SCHEMA, "no rebuild was left unfinished", fine="no rebuild is unfinished")
+def rebuild(examination: Examination) -> Iterator[Found]:
+    for number, state, model, begun_s, runs in examination.rows(_UNFINISHED, LOCK_CLASS, int(Purpose.REBUILD)):
+        what = f"rebuild {number} for the model {model}, {state}, begun {age(begun_s)} ago"
+        if runs:
+            yield ok(f"{what}, runs")
+        else:
+            yield warn(f"{what}, was left unfinished; the store is as it was before", "vectorkeep rebuild, again")
+
+
+CHECKS = (maintenance, pause, rebuild)
