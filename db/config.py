@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     maintenance_on_close: bool = False
     debug: bool = False
 
+    on_pause: Literal["raise", "wait"] = "raise"
+    pause_wait_s: float = Field(default=600, gt=0)
     postgres_host: str | None = Field(default=None, validation_alias=AliasChoices("postgres_host", "POSTGRES_HOST"))
     # Text, and read only where POSTGRES_HOST is used: Kubernetes sets a variable of this name to an address.
     postgres_port: str = Field(default="5432", validation_alias=AliasChoices("postgres_port", "POSTGRES_PORT"))

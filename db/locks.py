@@ -8,12 +8,14 @@ from hashlib import sha256
 from typing import Any
 
 from psycopg import Connection
+from psycopg import errors as pg
 
 from .errors import BusyError
 
 # First key of every advisory lock of ours ("vk"); the second is the purpose.
 LOCK_CLASS = 0x766B
 _POLL_S = 0.05
+_STINT_MS = 100
 
 _HOLDER = """
     SELECT activity.pid, activity.application_name, activity.usename, activity.client_addr
@@ -33,7 +35,11 @@ class Purpose(IntEnum):
     MAINTENANCE = 3
     INDEX_BUILD = 4
     BULK_LOAD = 5
+    REBUILD = 6
 
+
+# A session that holds a pause of ingestion has the lock of this class and its own process id.
+PAUSE_CLASS = 0x766D
 
 # One source's sync: the class, and a hash of the source. Sources that share a hash wait for each other.
 _SYNC_CLASS = 0x766C
@@ -74,6 +80,28 @@ def _locked(connection: Connection[Any], key: tuple[int, int], name: str, wait_s
     finally:
         if not connection.closed:
             connection.execute("SELECT pg_advisory_unlock(%s, %s)", key)
+
+
+def wait_for_writers(connection: Connection[Any], *, wait_s: float) -> None:
+    """Return once every write transaction that runs now has ended. Raises BusyError after `wait_s`.
+
+    Newer writers queue behind this for a moment at a time only: they shall be told at once that they are kept out.
+    """
+    key = (LOCK_CLASS, int(Purpose.WRITERS))
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            with connection.transaction():
+                connection.execute(f"SET LOCAL lock_timeout = {_STINT_MS}")
+                connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", key)
+                return
+        except pg.LockNotAvailable as exc:
+            if time.monotonic() >= deadline:
+                raise BusyError(
+                    f"a write of {_holder(connection, key)} has not ended within {wait_s:g} s; "
+                    "try again when it has finished"
+                ) from exc
+        time.sleep(_POLL_S)
 
 
 def _try_lock(connection: Connection[Any], key: tuple[int, int]) -> bool:

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy
+from psycopg import Connection
 from sqlalchemy import LargeBinary, func, insert, select
 
 from . import vectors
@@ -14,10 +15,11 @@ from .engine import Database
 from .errors import translated
 from .locks import LOCK_CLASS, Purpose
 from .models import Chunk, Embedding, WriteLog
+from .pause import current_pause
 from .query_cache import CacheKey, QueryCache
 from .search import Query, Searcher
 from .tally import LOG_EVERY
-from .transactions import LoggedWrite, source_tag, workspace_tag
+from .transactions import LoggedWrite, source_tag, waiting_for_resume, workspace_tag
 from .types import Document, DocumentChunk, SearchResult, StoredHash
 
 logger = logging.getLogger("vectorkeep")
@@ -146,9 +148,19 @@ def iter_hashes(database: Database, source_id: str | None, batch_size: int) -> I
                 yield StoredHash(id_, source, digest or b"", tuple(chunk_digests))
 
 
-def lock_writers(connection: sqlalchemy.Connection) -> None:
-    """Join the writers in a caller's own transaction: whoever must keep them out waits for it."""
-    connection.execute(select(func.pg_advisory_xact_lock_shared(LOCK_CLASS, int(Purpose.WRITERS))))
+def lock_writers(connection: sqlalchemy.Connection, database: Database) -> None:
+    """Join the writers in a caller's own transaction: whoever must keep them out waits for it.
+
+    Raises PausedError while ingestion is paused, or waits, as the setting `on_pause` says; with no lock held.
+    """
+
+    def join() -> None:
+        with connection.begin_nested():
+            connection.execute(select(func.pg_advisory_xact_lock_shared(LOCK_CLASS, int(Purpose.WRITERS))))
+            if pause := current_pause(cast(Connection[Any], connection.connection.driver_connection)):
+                raise pause.error()
+
+    waiting_for_resume(join, database)
 
 
 def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedWrite:

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import psycopg
 import stamina
-from psycopg import Cursor
+from psycopg import Cursor, sql
 from psycopg import errors as pg
 
 from .engine import Database
-from .errors import UnavailableError, is_transient
+from .errors import PausedError, UnavailableError, is_transient
 from .locks import LOCK_CLASS, Purpose
+from .pause import current_pause
 
 logger = logging.getLogger("vectorkeep")
 
@@ -29,11 +30,17 @@ MAX_TAGS = 200
 EVERYTHING = "all"
 
 # A lock is waited for a little shorter than a statement may take: what is held by others is told from what is slow.
-_LOCK_WRITERS = "SELECT set_config('lock_timeout', %s, true), pg_advisory_xact_lock_shared(%s, %s)"
+# Two statements in one message: the second's snapshot is younger than the lock, so a pause that was taken while this
+# one waited is seen.
+_LOCK_WRITERS = sql.SQL("""
+    SELECT set_config('lock_timeout', {}, true), pg_advisory_xact_lock_shared({}, {});
+    SELECT EXISTS (SELECT FROM ingestion_pause)
+""")
 _LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
 _IS_RUNNING = "SELECT pg_xact_status(%s::xid8) IS NOT DISTINCT FROM 'in progress'"
 _IS_LOGGED = "SELECT EXISTS (SELECT FROM write_log WHERE id = %s AND xid = %s::xid8)"
 _POLL_S = 0.05
+_PAUSE_POLL_S = 0.25
 
 
 def source_tag(source_id: str) -> str:
@@ -107,11 +114,36 @@ def run_write(
 
     `work` may run several times and must have no effect outside its transaction. `after_commit` is called
     once, with the logged write, where anything was touched.
+
+    Raises PausedError while ingestion is paused; with the setting `on_pause` "wait", once `pause_wait_s` are over.
     """
-    outcome, logged = retried(lambda: _run_once(database, work))
+    outcome, logged = waiting_for_resume(lambda: retried(lambda: _run_once(database, work)), database)
     if logged is not None:
         after_commit(logged)
     return outcome
+
+
+def waiting_for_resume(write: Callable[[], R], database: Database) -> R:
+    """`write()`, tried again when a pause ends, where the setting `on_pause` says so. Raises PausedError."""
+    settings = database.settings
+    deadline = time.monotonic() + settings.pause_wait_s
+    while True:
+        try:
+            return write()
+        except PausedError as exc:
+            if settings.on_pause == "raise":
+                raise
+            paused = exc
+        logger.info("write.waits_for_resume", extra={"reason": str(paused)})
+        while retried(lambda: _is_paused(database)):
+            if time.monotonic() >= deadline:
+                raise PausedError(f"waited {settings.pause_wait_s:g} s: {paused}") from paused
+            time.sleep(_PAUSE_POLL_S)
+
+
+def _is_paused(database: Database) -> bool:
+    with database.connection() as connection:
+        return current_pause(connection) is not None
 
 
 def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
@@ -125,14 +157,21 @@ def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
 
 
 def _lock_writers(cursor: Cursor[Any], statement_timeout_s: float) -> None:
-    """Join the writers. A wait that is cut off is no refusal of what is to be written: it gets its own error."""
+    """Join the writers, or raise PausedError.
+
+    A wait that is cut off is no refusal of what is to be written: it gets its own error.
+    """
     try:
         lock_timeout_ms = max(1, int(900 * statement_timeout_s))
-        cursor.execute(_LOCK_WRITERS, (str(lock_timeout_ms), LOCK_CLASS, int(Purpose.WRITERS)))
+        cursor.execute(_LOCK_WRITERS.format(str(lock_timeout_ms), LOCK_CLASS, int(Purpose.WRITERS)))
     except (pg.QueryCanceled, pg.LockNotAvailable) as exc:
         raise UnavailableError(
             "writers are locked out by a session that keeps them all waiting; try again when it has finished"
         ) from exc
+    cursor.nextset()
+    [(any_pause,)] = cursor.fetchall()
+    if any_pause and (pause := current_pause(cursor.connection)):
+        raise pause.error()
 
 
 def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:

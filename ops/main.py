@@ -15,6 +15,7 @@ from .ingest import ingest
 from .maintain import maintain
 from .migrate import migrate
 from .search import search
+from .pause import pause, resume
 from .stats import stats
 
 _EPILOG = f"\b\nExit codes:\n{exit_codes.table()}"
@@ -56,6 +57,7 @@ _VERBS: dict[str, Callable[..., exit_codes.ExitCode | None]] = {
     "stats": stats,
     "maintain": maintain,
     "demo": demo,
+    "pause": pause,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(command(_verb))

@@ -15,6 +15,24 @@ depends_on = None
 drops = ("recall_measurements",)
 
 
+# Every write looks whether ingestion is paused: roles that may write must not lose that by an upgrade.
+LET_WRITERS_SEE_PAUSES = """
+DO $$
+DECLARE
+    writer text;
+BEGIN
+    FOR writer IN
+        SELECT DISTINCT CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE granted.grantee::regrole::text END
+        FROM pg_class, aclexplode(relacl) AS granted
+        WHERE pg_class.oid = 'write_log'::regclass AND privilege_type = 'INSERT' AND grantee <> relowner
+    LOOP
+        EXECUTE 'GRANT SELECT ON ingestion_pause TO ' || writer;
+    END LOOP;
+END
+$$
+"""
+
+
 def upgrade() -> None:
     op.execute("""
         ALTER TABLE embedding_models
@@ -33,15 +51,21 @@ def upgrade() -> None:
             recall double precision NOT NULL,
             recall_low double precision NOT NULL,
             recall_high double precision NOT NULL,
+            target double precision NOT NULL,
             ef_search integer NOT NULL,
             recommended_ef_search integer,
             indexed_ms_p50 double precision NOT NULL,
             exact_ms_p50 double precision NOT NULL,
+            looked_up integer NOT NULL,
             unreachable integer NOT NULL,
+            zero_vectors integer NOT NULL,
+            rows bigint NOT NULL,
+            changes bigint,
             created_at timestamptz NOT NULL DEFAULT now()
         )
     """)
     op.execute("CREATE INDEX recall_measurements_created_at_idx ON recall_measurements (created_at DESC)")
+    op.execute("ALTER TABLE index_builds ADD COLUMN changes bigint")
     # A few vectors that were really asked for: recall of stored vectors alone flatters the index.
     op.execute("""
         CREATE TABLE query_samples (
@@ -65,6 +89,7 @@ def upgrade() -> None:
             CONSTRAINT ingestion_pause_singleton_check CHECK (singleton)
         )
     """)
+    op.execute(LET_WRITERS_SEE_PAUSES)
     op.execute("""
         CREATE TABLE rebuild_runs (
             id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -80,4 +105,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in ("rebuild_runs", "ingestion_pause", "query_samples", "recall_measurements"):
         op.execute(f"DROP TABLE {table}")
+    op.execute("ALTER TABLE index_builds DROP COLUMN changes")
     op.execute("ALTER TABLE embedding_models DROP COLUMN ef_search_reason, DROP COLUMN ef_search")
