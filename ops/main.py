@@ -14,8 +14,8 @@ from .demo import demo
 from .ingest import ingest
 from .maintain import maintain
 from .migrate import migrate
-from .search import search
 from .pause import pause, resume
+from .search import search
 from .stats import stats
 
 _EPILOG = f"\b\nExit codes:\n{exit_codes.table()}"
@@ -56,8 +56,9 @@ _VERBS: dict[str, Callable[..., exit_codes.ExitCode | None]] = {
     "cleanup": cleanup,
     "stats": stats,
     "maintain": maintain,
-    "demo": demo,
     "pause": pause,
+    "resume": resume,
+    "demo": demo,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(command(_verb))
