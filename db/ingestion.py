@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psycopg
 from psycopg import errors as pg
@@ -55,7 +55,8 @@ class Ingestion:
             codec = BatchCodec(self.model, vectors_of(batch))
             checked = _checked(batch, lambda given, codec=codec: prepare(given, codec), tally)  # type: ignore[misc]
             if all_new:
-                all_new = self._write(self._batch(checked, stored=frozenset()), tally)
+                written = self._write(self._batch(checked, stored=frozenset()), tally)
+                all_new = all(outcome == "inserted" for outcome in written.values())
             else:
                 self._write(self._changed_documents(checked, tally), tally)
             tally.progress(len(batch))
@@ -74,13 +75,24 @@ class Ingestion:
                 for batch in batches(iter(items), batch_size):
                     checked = _checked(batch, lambda given: hash_item(as_item(given)), tally)
                     if pending.overlaps(checked):
-                        pending.finish()  # an id comes again: it is compared with what that write leaves
+                        self._finish(pending, embedder, tally)  # it is compared with what that write leaves
                     upsert = self._embed_changed(checked, embedder, tally)
-                    pending.finish()
-                    write = writer.submit(self._write, upsert, tally)
+                    self._finish(pending, embedder, tally)
+                    write = writer.submit(self._write_found, upsert, checked, tally)
                     pending = _PendingWrite(upsert.ids, write, partial(tally.progress, len(batch)))
             finally:
-                pending.finish()
+                self._finish(pending, embedder, tally)
+
+    def _finish(self, pending: "_PendingWrite", embedder: TextEmbedder, tally: Tally) -> None:
+        """Wait for a write. Items whose document was deleted, after its vector was found to stay, are embedded."""
+        gone = pending.finish()
+        while gone:
+            gone = self._write_found(self._embed_changed(gone, embedder, tally), gone, tally)
+
+    def _write_found(self, upsert: UpsertBatch, items: Sequence[HashedItem], tally: Tally) -> list[HashedItem]:
+        """Write the `upsert` made of `items`. Returns those of which nothing is stored any more to be updated."""
+        written = self._write(upsert, tally)
+        return [item for item in items if item.id in upsert.update_only and item.id not in written]
 
     def compare(self, items: Iterable[Item | Mapping[str, Any]], model_id: str, batch_size: int, tally: Tally) -> None:
         """Count what `embed` would do with `items`; nothing is embedded or written."""
@@ -118,7 +130,7 @@ class Ingestion:
                 documents.append(document_of(item, embedded.get(item.id), codec))
             except ValidationError as exc:
                 tally.fail(item.id, str(exc))
-        return self._batch(documents, stored)
+        return replace(self._batch(documents, stored), update_only={d.id for d in documents if d.id not in embedded})
 
     def _changed_documents(self, documents: Sequence[PreparedDocument], tally: Tally) -> UpsertBatch:
         """Those of `documents` that differ from what is stored."""
@@ -143,28 +155,24 @@ class Ingestion:
 
         return retried(look)
 
-    def _write(self, batch: UpsertBatch, tally: Tally) -> bool:
-        """Write `batch`; one that the server refuses is halved until the culprit is alone.
-
-        Returns whether every document of it was new.
-        """
+    def _write(self, batch: UpsertBatch, tally: Tally) -> dict[str, Outcome | Literal["failed"]]:
+        """Write `batch`; one that the server refuses is halved until the culprit is alone."""
         if not batch.documents:
-            return True
+            return {}
         try:
             outcomes: Mapping[str, Outcome] = run_write(self.database, batch.write, after_commit=self.after_commit)
         except psycopg.Error as exc:
-            alone = len(batch.documents) == 1
-            if not _is_refusal(exc) or (alone and isinstance(exc, pg.QueryCanceled)):
+            first, *others = batch.documents
+            if not _is_refusal(exc) or (not others and isinstance(exc, pg.QueryCanceled)):
                 raise  # one row that takes too long says nothing of the row: the server is slow, or was told to stop
-            if alone:
-                tally.fail(batch.documents[0].id, f"refused by the server: {_reason(exc)}")
-                return False
+            if not others:
+                tally.fail(first.id, f"refused by the server: {_reason(exc)}")
+                return {first.id: "failed"}
             middle = len(batch.documents) // 2
-            for half in (batch.documents[:middle], batch.documents[middle:]):
-                self._write(replace(batch, documents=half), tally)
-            return False
+            halves = batch.documents[:middle], batch.documents[middle:]
+            return {k: v for half in halves for k, v in self._write(replace(batch, documents=half), tally).items()}
         tally.add(outcomes)
-        return all(outcome == "inserted" for outcome in outcomes.values())
+        return dict(outcomes)
 
 
 @dataclass(slots=True)
@@ -172,18 +180,20 @@ class _PendingWrite:
     """A write under way, the ids in it, and whom to tell when it is done."""
 
     ids: Set[str] = frozenset()
-    future: "Future[bool] | None" = None
+    future: "Future[list[HashedItem]] | None" = None
     done: Callable[[], None] = lambda: None
 
     def overlaps(self, items: Iterable[HashedItem]) -> bool:
         return any(item.id in self.ids for item in items)
 
-    def finish(self) -> None:
-        """Wait for it; its error is raised here, once."""
+    def finish(self) -> list[HashedItem]:
+        """What it returned, once it is done; its error is raised here, once."""
         future, self.future = self.future, None
-        if future is not None:
-            future.result()
-            self.done()
+        if future is None:
+            return []
+        gone = future.result()
+        self.done()
+        return gone
 
 
 def _checked(batch: Sequence[Any], check: Callable[[Any], H], tally: Tally) -> list[H]:

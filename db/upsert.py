@@ -112,11 +112,13 @@ class UpsertBatch:
 
     stored: ids that were found stored a moment ago. Only those are locked; the others are taken for new, and
     the table's own key tells where that is no longer true.
+    update_only: ids of documents that lack what a new row needs. One that is gone has no outcome.
     """
 
     documents: Sequence[PreparedDocument]
     stored: Set[str]
     model_id: str
+    update_only: Set[str] = frozenset()
 
     @property
     def ids(self) -> Set[str]:
@@ -126,14 +128,15 @@ class UpsertBatch:
         """Write what differs from the stored rows. Returns the outcome of every document by id."""
         cursor, now = transaction.cursor, datetime.now(UTC)
         stored = lock_stored(cursor, self.stored & self.ids)
-        new = sorted((d for d in self.documents if d.id not in stored), key=lambda d: d.id)
+        documents = [d for d in self.documents if d.id in stored or d.id not in self.update_only]
+        new = sorted((d for d in documents if d.id not in stored), key=lambda d: d.id)
         if new:
             _give_way(transaction, new)
             if not _copy_new(cursor, new, self.model_id, now):
                 new = _insert_new(cursor, new, stored, self.model_id, now)
             _take_back(transaction, new)
         inserted = {d.id for d in new}
-        updated = [d for d in self.documents if d.id not in inserted and stored[d.id].differs(d)]
+        updated = [d for d in documents if d.id not in inserted and stored[d.id].differs(d)]
         if updated:
             _update_stored(cursor, updated, stored, self.model_id, now)
             _chunks_of_updated(transaction, updated, stored)
@@ -141,7 +144,7 @@ class UpsertBatch:
         touched |= {(stored[document.id].source_id, stored[document.id].workspace) for document in updated}
         for source_id, workspace in touched:
             transaction.touch(source_id, workspace)
-        outcomes: dict[str, Outcome] = {d.id: "unchanged" for d in self.documents}
+        outcomes: dict[str, Outcome] = {d.id: "unchanged" for d in documents}
         outcomes |= dict.fromkeys(inserted, "inserted")
         outcomes |= dict.fromkeys((d.id for d in updated), "updated")
         return outcomes

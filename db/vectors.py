@@ -103,7 +103,7 @@ def check_fits(vector: NDArray[np.float32], distance: Distance, *, indexed: bool
 
 def fitting(rows: NDArray[np.float32], distance: Distance, *, indexed: bool) -> NDArray[np.bool_]:
     """Which of the rows, shape (n, dimensions), are finite and pass `check_fits`, shape (n,)."""
-    good: NDArray[np.bool_] = np.isfinite(rows).all(axis=1)
+    good: NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
     if distance == "cosine":
         good &= rows.any(axis=1)
     elif indexed:

@@ -66,3 +66,23 @@ def test_what_the_server_refuses_is_isolated(embedding_store, sql):
     sql("ALTER TABLE chunks ADD CHECK (text NOT LIKE '% 7')")
     result = embedding_store.embed_batch(items(20))
     assert (result.inserted, result.failed, [id_ for id_, _ in result.errors]) == (19, 1, ["00007"])
+
+
+def test_a_document_deleted_while_only_its_metadata_was_to_change_is_embedded_after_all(database_url, redis_url, sql):
+    """Its vector was found to stay a moment before it went: no row without a vector may come of that."""
+
+    class Deleting(Counting):
+        def embed(self, texts):
+            if "new" in texts:
+                store.delete(["00001"])
+                sql("DELETE FROM vector_cache")
+            return super().embed(texts)
+
+    with db.connect(database_url, redis_url, embedder=Deleting()) as store:
+        store.embed_batch(items(4))
+        changed = [{**item, "metadata": {"n": -1}} for item in items(4)]
+        result = store.embed_batch([*changed, {"id": "new", "text": "new"}])
+    assert counts(result) == {"inserted": 2, "updated": 3, "embedded": 2}
+    assert sql("SELECT id FROM embeddings WHERE embedding IS NULL OR metadata <> '{\"n\": -1}' ORDER BY id") == [
+        ("new",)
+    ]
