@@ -12,16 +12,16 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from .embedded_place import Place, make_home, settle
 from .embedded_server import DATABASE, PORT, Postgres, Server, postgres_server, valkey_server
-from .errors import UnavailableError, ValidationError
+from .errors import BusyError, UnavailableError, ValidationError
 
-__all__ = ["EmbeddedServers", "acquire"]
+__all__ = ["EmbeddedServers", "acquire", "erase"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,58 @@ def acquire(home: Path, *, settings: Mapping[str, str] | None = None, redis: boo
         ) from exc
     atexit.register(servers.release)
     return servers
+
+
+def erase(home: Path, *, force: bool = False) -> None:
+    """Stop the servers of `home` and delete their folder, with all that is stored in it.
+
+    Raises BusyError where another process, or another part of this one, uses them, unless `force`;
+    UnavailableError where a server does not stop.
+    """
+    home = make_home(home)
+    with _alone(home):
+        users = _open(home / "users.lock")
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not force:
+                raise BusyError(
+                    f"the embedded servers of {home} are in use by {_users(home)}; stop that first"
+                ) from None
+        try:
+            _erase(home)
+        finally:
+            os.close(users)
+
+
+def _erase(home: Path) -> None:
+    link = home / "servers"
+    if link.exists():
+        place = settle(home)
+        servers = [valkey_server(place, place.valkey)] if place.valkey is not None else []
+        for server in (*servers, postgres_server(place, {})):
+            server.stop()
+            if server.pid() is not None:
+                raise UnavailableError(f"{server.name} does not stop, so {place.data.parent} was not deleted")
+        base = link.resolve()
+        shutil.rmtree(place.sockets, ignore_errors=True)
+        shutil.rmtree(base)
+    link.unlink(missing_ok=True)
+    for log in home.glob("*.log*"):  # not the locks: others may wait for them
+        log.unlink()
+
+
+def _users(home: Path) -> str:
+    """The processes that have the servers of `home` in use, as far as this one may see."""
+    lock = (home / "users.lock").stat()
+    pids = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone meanwhile, or not ours to look at
+            if process.name != str(os.getpid()) and any(
+                os.path.samestat(descriptor.stat(), lock) for descriptor in (process / "fd").iterdir()
+            ):
+                pids.append(process.name)
+    return f"process {', '.join(pids)}" if pids else "this process"
 
 
 def _check_settings(settings: Mapping[str, str]) -> None:

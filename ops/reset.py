@@ -1,0 +1,61 @@
+"""`vectorkeep reset`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from db import reset as library
+from db.config import Settings
+
+from .command import Cli
+from .doctor import settings_of
+from .exit_codes import ExitCode
+
+
+def reset(
+    cli: Cli,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for the database's name.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="End the sessions that work in the database.")] = False,
+) -> ExitCode | None:
+    """Delete everything that is stored, and begin anew.
+
+    Names what will go, with counts, and asks for the database's name to be typed; without a terminal to ask on, --yes
+    is needed. Drops what the migrations made and nothing else, and migrates again; embedded servers are stopped
+    and their folder deleted. Refuses while other sessions work in the database, unless forced.
+    """
+    if not yes and not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")
+    settings = Settings.load(settings_of(cli.options))
+    plan = library.plan_reset(settings, force=force)
+    _announce(cli, plan)
+    if not yes and typer.prompt(f"Type {plan.database} to delete all of it", err=True) != plan.database:
+        cli.output.complain("that is not the database's name; nothing was deleted")
+        return ExitCode.PARTIAL
+    result = library.reset(settings, force=force)
+    cli.output.document(result)
+    cli.output.fields(
+        {
+            "database": result.database,
+            "rows_deleted": sum(result.rows.values()),
+            "sessions_ended": result.sessions_ended,
+            "cached_keys_removed": result.cached_keys_removed,
+            "revision": result.revision or "none",
+        }
+    )
+    for sentence in result.details:
+        cli.output.say(sentence)
+    return None
+
+
+def _announce(cli: Cli, plan: library.ResetPlan) -> None:
+    """What will go, on stderr: it is there before the answer is."""
+    cli.output.say(f"This deletes from the database {plan.database} ({plan.location}), for good:")
+    for table, rows in plan.rows.items():
+        cli.output.say(f"  {table}: {rows} rows")
+    if plan.columns:
+        cli.output.say(f"  columns that vectorkeep did not make: {', '.join(plan.columns)}")
+    if plan.sessions:
+        cli.output.say(f"  and ends {', '.join(plan.sessions)}")
+    if plan.folder is not None:
+        cli.output.say(f"  the folder {plan.folder}, with all of it")
