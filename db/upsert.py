@@ -208,6 +208,7 @@ def _insert_new(
     new = [d for d in new if d.id in inserted]
     stage_chunks(cursor, new)
     cursor.execute(_INSERT_CHUNKS)
+    cursor.execute("TRUNCATE vectorkeep_documents, vectorkeep_chunks")  # for those to be updated
     return new
 
 
@@ -219,7 +220,6 @@ def _update_stored(
     now: datetime,
 ) -> None:
     create_staging(cursor)
-    cursor.execute("TRUNCATE vectorkeep_documents")
     stage_documents(cursor, documents, model_id, now)
     shapes: dict[tuple[LiteralString, LiteralString], list[str]] = {}
     for document in documents:
