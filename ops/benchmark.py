@@ -1,0 +1,111 @@
+"""`vectorkeep benchmark`: how fast this is beside hand-written psycopg, on this machine and server."""
+
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .benchmarks.catalogue import NAMES, measure
+from .benchmarks.machine import described, machine
+from .benchmarks.plan import Run
+from .benchmarks.report import COLUMNS, Figure
+from .benchmarks.rows import SyntheticVectors, TextVectors
+from .benchmarks.scratch import scratch_on
+from .command import Cli
+from .opening import target_url
+
+_ROWS = 20_000
+_QUICK_ROWS = 2_000
+_WIDE = 1536
+
+_HOW = (
+    "Both sides write the same rows, all columns of them, to the same table with the same indexes on the same server; "
+    "that the rows are equal is checked.",
+    "By hand is what a competent engineer writes with psycopg and pgvector: binary COPY with set_types and write_row, "
+    "all rows in one transaction, the hashes of each row computed as part of the work; staged SQL is that COPY into a "
+    "temporary table and INSERT … SELECT … ON CONFLICT DO UPDATE. 'No hashes' leaves them out.",
+    "Each figure is the median of the rounds, each ratio the median of the rounds' own ratios (lowest–highest in "
+    "brackets); the sides take turns in alternating order, each after VACUUM (ANALYZE), {checkpoint} and Python's "
+    "garbage collection. Autovacuum is off on the scratch tables: it would hit one side only.",
+)
+
+
+def benchmark(
+    cli: Cli,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help=f"Measure only this; may be repeated. One of: {', '.join(NAMES)}."),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=100, help=f"Rows that most measures write, {_ROWS:,} by default; large tables have more."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="How often each side is timed.")] = 3,
+    dimensions: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=4000,
+            help="Synthetic vectors of so many dimensions. Default: real text vectors of 256, then "
+            f"synthetic ones of {_WIDE:,} for some measures.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute, and noisier.")] = False,
+) -> None:
+    """Measure how fast this is, side by side with hand-written psycopg.
+
+    Works in scratch databases on the server that is named, or the embedded one, and drops them at the end; no
+    store is touched. A target that is missed is said, and is no error.
+    """
+    names = _checked_names(only)
+    vectors = TextVectors() if dimensions is None else SyntheticVectors(dimensions)
+    wide = SyntheticVectors(_WIDE) if dimensions is None else None
+    started = time.perf_counter()
+    with target_url(cli.options) as url, scratch_on(url) as scratch:
+        where = machine(scratch.connection)
+        run = Run(scratch, rows or (_QUICK_ROWS if quick else _ROWS), rounds, vectors, wide, cli.output.say)
+        measure(run, names)
+    _print(cli, run, where, round(time.perf_counter() - started, 1))
+
+
+def _checked_names(only: Sequence[str] | None) -> Sequence[str]:
+    unknown = [name for name in only or () if name not in NAMES]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of: {', '.join(NAMES)}", param_hint="--only")
+    return only or NAMES
+
+
+def _print(cli: Cli, run: Run, where: dict[str, object], duration_s: float) -> None:
+    vectors = [f"{v.dimensions} dimensions: {v.described}" for v in (run.vectors, run.wide) if v is not None]
+    checkpoint = "CHECKPOINT" if run.scratch.checkpoints else "no CHECKPOINT (the role may not)"
+    how = [line.format(checkpoint=checkpoint) for line in _HOW]
+    cli.output.document(
+        {
+            "machine": where,
+            "vectors": vectors,
+            "rows": run.rows,
+            "rounds": run.rounds,
+            "how": how,
+            "figures": [figure.as_json() for figure in run.figures],
+            "missed": _missed(run.figures),
+            "duration_s": duration_s,
+        }
+    )
+    cli.output.rows(COLUMNS, [figure.as_row() for figure in run.figures])
+    for note in dict.fromkeys(f"{f.measured}: {note}" for f in run.figures for note in f.notes):
+        cli.output.line(note)
+    for line in (described(where), *vectors, *how):
+        cli.output.line(line)
+    missed = _missed(run.figures)
+    cli.output.line(f"{run.rounds} rounds of {run.rows:,} rows in {duration_s:.0f} s; {_verdict(run.figures, missed)}")
+
+
+def _missed(figures: Sequence[Figure]) -> list[str]:
+    return [figure.measured for figure in figures if figure.verdict == "MISSED"]
+
+
+def _verdict(figures: Sequence[Figure], missed: Sequence[str]) -> str:
+    with_target = sum(1 for figure in figures if figure.verdict)
+    return f"{len(missed)} of {with_target} targets MISSED" if missed else f"all {with_target} targets met"
