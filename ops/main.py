@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from . import exit_codes
+from .benchmark import benchmark
 from .cleanup import cleanup
 from .command import command
 from .delete_source import delete_source
@@ -59,6 +60,7 @@ _VERBS: dict[str, Callable[..., exit_codes.ExitCode | None]] = {
     "pause": pause,
     "resume": resume,
     "demo": demo,
+    "benchmark": benchmark,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(command(_verb))
