@@ -22,7 +22,11 @@ _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class UnreadableError(Exception):
-    """A file is not one to read. The message says why."""
+    """A file or a record is not one to read. The message says why, `id` of which document it is, if that is known."""
+
+    def __init__(self, reason: str, id_: Any = None) -> None:
+        super().__init__(reason)
+        self.id = id_ if isinstance(id_, str) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,8 @@ class Reader:
     """Reads what the command was given.
 
     A file's id is its source and its path in the folder; without a `source` that is its absolute path. `failed`
-    holds (file, reason) of what could not be read; `passed_over` counts links and special files, `empty` files
-    without any text.
+    holds (file, reason) of what could not be read, `unread` the ids of it; `unsure` says that some of it has an id
+    that nobody knows. `passed_over` counts links and special files, `empty` files without any text.
     """
 
     source: str | None = None
@@ -58,7 +62,21 @@ class Reader:
     empty: int = 0
     passed_over: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+    unsure: bool = False
     _given: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, name: str, exc: Exception, id_: str | None) -> None:
+        """Note what could not be read: `name` for a person, and the id of the document that it is, if known."""
+        self.failed.append((name, getattr(exc, "strerror", None) or str(exc)))
+        if id_ is None:
+            self.unsure = True
+        else:
+            self.unread.add(id_)
+
+    def may_hold(self, id_: str) -> bool:
+        """Whether a document may be in what could not be read."""
+        return self.unsure or id_ in self.unread
 
     # -- texts -----------------------------------------------------------------------------------------
 
@@ -69,10 +87,12 @@ class Reader:
     def texts(self, paths: Iterable[Path]) -> Iterator[db.Item]:
         """One item for each readable file of `paths`, files and folders."""
         for found in self.find(paths):
+            source = self.source or displayable(found.folder)
+            id_ = str(PurePosixPath(source, displayable(found.path)))
             try:
-                item = self._item(found)
+                item = self._item(found, id_, source)
             except (UnreadableError, OSError) as exc:
-                self.failed.append((found.shown, getattr(exc, "strerror", None) or str(exc)))
+                self.fail(found.shown, exc, id_)
             else:
                 if item is not None:
                     yield item
@@ -101,11 +121,9 @@ class Reader:
                     self.passed_over += 1
 
     def _unreadable_folder(self, exc: OSError) -> None:
-        self.failed.append((displayable(exc.filename or "folder"), exc.strerror or str(exc)))
+        self.fail(displayable(exc.filename or "folder"), exc, None)
 
-    def _item(self, found: Found) -> db.Item | None:
-        source = self.source or displayable(found.folder)
-        id_ = str(PurePosixPath(source, displayable(found.path)))
+    def _item(self, found: Found, id_: str, source: str) -> db.Item | None:
         earlier = self._given.setdefault(id_, found.shown)
         if earlier != found.shown:
             raise UnreadableError(f"has the same id {id_!r} as {earlier}; ingest it with another --source")
@@ -129,7 +147,7 @@ class Reader:
             try:
                 record = self._record(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
             except UnreadableError as exc:
-                self.failed.append((f"{name}:{number}", str(exc)))
+                self.fail(f"{name}:{number}", exc, exc.id)
             else:
                 self.read += 1
                 yield record
@@ -143,7 +161,7 @@ class Reader:
             raise UnreadableError(f"a {type(record).__name__}; expected an object with id and text")
         for key in ("id", "text"):
             if not isinstance(record.get(key), str):
-                raise UnreadableError(f"{key} is {record.get(key)!r:.60}; expected a string")
+                raise UnreadableError(f"{key} is {record.get(key)!r:.60}; expected a string", record.get("id"))
         if record.get("embedding", ...) is None:
             del record["embedding"]  # null: it has none
         if self.source is not None:

@@ -86,31 +86,27 @@ def test_a_reader_that_leaves_is_no_error(env):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_ends_in_order(env, number, code):
-    arguments = command("ingest", "-")
+    record = '{"id": "first", "text": "t", "embedding": [1, 2, 3]}'
+    arguments = command("ingest", "-", "--batch-size", "1", "--model", "mine")
     with subprocess.Popen(
         arguments, cwd=ROOT, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
-        _wait_for_session(env["VECTORKEEP_DATABASE_URL"])
+        process.stdin.write(record + "\n")
+        process.stdin.flush()
+        _wait_for_document(env["VECTORKEEP_DATABASE_URL"])  # it has come so far, and waits for the next line
         process.send_signal(number)
         errors = process.communicate(timeout=30)[1]
     assert process.returncode == code
     assert "Traceback" not in errors
 
 
-def _wait_for_session(url):
+def _wait_for_document(url):
     with psycopg.connect(url, autocommit=True) as connection:
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            [(sessions,)] = connection.execute(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-                " AND application_name LIKE 'vectorkeep%'"
-            ).fetchall()
-            if sessions:
-                time.sleep(0.5)  # opened; now it waits for its input
-                return
-            time.sleep(0.05)
-    raise AssertionError("the command never connected")
+        while not connection.execute("SELECT id FROM embeddings").fetchall():
+            assert time.monotonic() < deadline, "the command never stored what it was given"
+            time.sleep(0.02)
 
 
 def test_a_terminal_gets_colours_and_a_table(vectorkeep, folder, env):

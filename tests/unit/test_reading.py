@@ -3,7 +3,7 @@ import os
 import pytest
 
 from ops.html_text import html_text
-from ops.ingest import runs
+from ops.ingest_run import runs
 from ops.output import excerpt, printable, shown
 from ops.reading import Reader, UnreadableError, displayable, open_records
 
@@ -129,3 +129,22 @@ def test_values_are_shown_on_one_line(value, expected):
 
 def test_paths_are_shown_in_utf8():
     assert displayable(os.fsdecode(b"/a/\xff")) == "/a/\\xff"
+
+
+def test_what_was_not_read_is_known_by_its_id_or_may_be_anything(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.txt").write_text("text")
+    reader = Reader("s")
+    assert len(list(reader.texts([tmp_path]))) == 1
+    assert [reader.may_hold(id_) for id_ in ("s/a.txt", "s/b.txt", "s/gone.txt")] == [True, False, False]
+    assert list(reader.records([b'{"id": "c"}'], "f")) == []
+    assert [reader.may_hold(id_) for id_ in ("c", "d")] == [True, False]
+    assert list(reader.records([b"{"], "f")) == []
+    assert reader.may_hold("d")
+
+
+def test_a_folder_that_cannot_be_opened_may_hold_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fwalk", lambda top, onerror: onerror(PermissionError(13, "Permission denied", "x")) or ())
+    reader = Reader("s")
+    assert list(reader.texts([tmp_path])) == []
+    assert (reader.failed, reader.may_hold("s/x/a.txt")) == ([("x", "Permission denied")], True)
