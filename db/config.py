@@ -43,7 +43,10 @@ class Settings(BaseSettings):
     model_id: str | None = None
     dimensions: int | None = Field(default=None, ge=1, le=16_000)
     distance: Distance = "cosine"
+    # Given, it is what searches use; else what `maintain` tuned them to, else this default.
     ef_search: int = Field(default=100, ge=1, le=1000)
+    target_recall: float = Field(default=0.95, gt=0, le=1)
+    query_samples: int = Field(default=500, ge=0)
     consistency: Consistency = "strict"
     cache_ttl_s: int = Field(default=3600, ge=1)
     bounded_ttl_s: int = Field(default=60, ge=1)

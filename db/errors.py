@@ -37,6 +37,10 @@ class PausedError(VectorKeepError):
     """Ingestion is paused by an operator."""
 
 
+class MeasurementError(VectorKeepError):
+    """What was to be measured cannot be: the comparison would not be what it says it is."""
+
+
 class BusyError(VectorKeepError):
     """Another process holds the lock that this needs. The message says who."""
 

@@ -192,6 +192,8 @@ class IndexBuild(Base):
     rows: Mapped[int] = mapped_column(BigInteger)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     duration_ms: Mapped[float] = mapped_column(Double)
+    # The table's counter of changes then; NULL for builds before it was kept.
+    changes: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
@@ -222,11 +224,18 @@ class RecallMeasurement(Base):
     recall: Mapped[float] = mapped_column(Double)
     recall_low: Mapped[float] = mapped_column(Double)
     recall_high: Mapped[float] = mapped_column(Double)
+    target: Mapped[float] = mapped_column(Double)
     ef_search: Mapped[int] = mapped_column(Integer)
     recommended_ef_search: Mapped[int | None] = mapped_column(Integer)
     indexed_ms_p50: Mapped[float] = mapped_column(Double)
     exact_ms_p50: Mapped[float] = mapped_column(Double)
+    # Of the stored rows that were looked up, those that the index did not find, and those that nothing can find.
+    looked_up: Mapped[int] = mapped_column(Integer)
     unreachable: Mapped[int] = mapped_column(Integer)
+    zero_vectors: Mapped[int] = mapped_column(Integer)
+    # The table's vectors, as estimated, and its counter of changes: when to measure again.
+    rows: Mapped[int] = mapped_column(BigInteger)
+    changes: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
     __table_args__ = (Index("recall_measurements_created_at_idx", sql("created_at DESC")),)

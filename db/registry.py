@@ -16,7 +16,7 @@ from psycopg import errors as pg
 from . import vectors
 from .config import Distance, Settings
 from .embedding_model import Model
-from .engine import Database, connect_directly
+from .engine import BACKGROUND_WAIT_S, Database, connect_directly
 from .errors import DimensionError, PermissionDeniedError, SchemaError, ValidationError
 from .locks import Purpose, advisory_lock
 from .models import MAX_INDEXED_DIMENSIONS
@@ -27,7 +27,7 @@ logger = logging.getLogger("vectorkeep")
 DEFAULT_MODEL_ID = "default"
 _REGISTRY_WAIT_S = 60.0
 
-_ACTIVE = "SELECT model_id, dimensions, distance FROM embedding_models WHERE active"
+_ACTIVE = "SELECT model_id, dimensions, distance, ef_search FROM embedding_models WHERE active"
 _REGISTER = """
     INSERT INTO embedding_models (model_id, dimensions, distance, active)
     SELECT %s, %s, %s, true WHERE NOT EXISTS (SELECT FROM embedding_models WHERE active)
@@ -86,6 +86,14 @@ class StoreModel:
         if registered is not None:
             self._check_wanted(registered)
         self._registered = registered
+
+    def refresh_tuning(self) -> None:
+        """Read what searches are tuned to: another process may have tuned them since."""
+        with self._database.connection(BACKGROUND_WAIT_S) as connection:
+            active = active_model(connection)
+        with self._lock:
+            if active is not None and active == self._registered:
+                self._registered = active
 
     @property
     def registered(self) -> Model | None:

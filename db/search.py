@@ -5,9 +5,12 @@ full vectors. Where few rows pass the filter, or the scan brought fewer than k, 
 compared instead. The exact form is written so that no vector index can serve it.
 """
 
+import itertools
+import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +20,18 @@ from psycopg import Connection, sql
 
 from . import vectors
 from .embedding_model import Model
-from .engine import LIFE, StoreConnection
+from .engine import LIFE
 from .errors import ValidationError
-from .filters import Filter
+from .filters import Condition, Filter
 from .models import vector_expression, vector_index_name
 from .types import Hit, Level, SearchResult
 
 MAX_K = 10_000
-_MAX_EF_SEARCH = 1000
+MAX_EF_SEARCH = 1000
+TABLE_OF: dict[Level, str] = {"documents": "embeddings", "chunks": "chunks"}
 
 # Below this many rows comparing all of them is as fast as an index scan, and exact.
-_ALWAYS_EXACT_ROWS = 1000
+ALWAYS_EXACT_ROWS = 1000
 # An index scan that keeps a share s of what it visits needs candidates/s visits of about 10 µs; comparing
 # all n·s rows costs about 1.5 µs each. They are equal where (n·s)² = 6.7 · candidates · n.
 _VISIT_TO_COMPARE = 6.7
@@ -50,24 +54,29 @@ class Query:
     filter: Filter
     ef_search: int
     exact: bool
+    exclude_id: str | None = None  # of a stored row that is the question itself
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= MAX_K:
-            raise ValidationError(f"k is {self.k!r}; expected an integer from 1 to {MAX_K}")
-        if self.level not in ("documents", "chunks"):
-            raise ValidationError(f"level is {self.level!r}; expected 'documents' or 'chunks'")
-        ef_search = self.ef_search
-        if isinstance(ef_search, bool) or not isinstance(ef_search, int) or not 1 <= ef_search <= _MAX_EF_SEARCH:
-            raise ValidationError(f"ef_search is {ef_search!r}; expected an integer from 1 to {_MAX_EF_SEARCH}")
+        check_asked(self.k, self.level, self.ef_search)
 
     @property
     def table(self) -> str:
-        return "embeddings" if self.level == "documents" else "chunks"
+        return TABLE_OF[self.level]
 
     @property
     def candidates(self) -> int:
         """How many rows an index scan brings for the exact ranking."""
         return max(self.k, min(self.ef_search, 4 * self.k))
+
+
+def check_asked(k: Any, level: Any, ef_search: Any) -> None:
+    """Raise ValidationError where no search can be asked this."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
+        raise ValidationError(f"k is {k!r}; expected an integer from 1 to {MAX_K}")
+    if level not in ("documents", "chunks"):
+        raise ValidationError(f"level is {level!r}; expected 'documents' or 'chunks'")
+    if isinstance(ef_search, bool) or not isinstance(ef_search, int) or not 1 <= ef_search <= MAX_EF_SEARCH:
+        raise ValidationError(f"ef_search is {ef_search!r}; expected an integer from 1 to {MAX_EF_SEARCH}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +95,45 @@ class Searcher:
         self._estimates: OrderedDict[tuple[Any, ...], tuple[float, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def search(self, connection: StoreConnection, query: Query, model: Model) -> Answer:
+    def search(self, connection: Connection[Any], query: Query, model: Model) -> Answer:
         """The k nearest rows. Runs in one transaction; raises what psycopg raises."""
-        vector = vectors.normalized(query.vector) if model.distance == "cosine" else query.vector
         with connection.transaction():
-            if query.exact or not self._index_pays(connection, query, model):
-                return _run(connection, query, model, vector, exact=True)
-            _prepare_scan(connection, query, self._estimate(connection, query.table, Filter()))
-            found = _run(connection, query, model, vector, exact=False)
+            if not self._begin_scan(connection, query, model):
+                return _run(connection, query, model, exact=True)
+            found = _run(connection, query, model, exact=False)
             if len(found.result) >= query.k:
                 return found
             # The scan ran dry: a filter that few rows pass, or rows it could not reach.
-            exact = _run(connection, query, model, vector, exact=True)
+            exact = _run(connection, query, model, exact=True)
             return Answer(exact.result, found.snapshot, found.life)  # the older snapshot: the safe one to cache with
+
+    def indexes_planned(self, connection: Connection[Any], query: Query, model: Model) -> set[str]:
+        """The indexes in the plan of the statement that `search` would begin with now."""
+        with connection.transaction():
+            exact = not self._begin_scan(connection, query, model)
+            return indexes_in_plan(connection, *_bound_statement(query, model, exact=exact))
+
+    def scan_planned(self, connection: Connection[Any], query: Query, model: Model, *, generic: bool) -> set[str]:
+        """The indexes in the plan of an index scan for `query`, whether or not `search` would choose one.
+
+        generic: in the plan made for all values, which a session uses that prepares its statements; `query`
+        has no filter then.
+        """
+        with connection.transaction():
+            _prepare_scan(connection, query, self._estimate(connection, query.table, Filter()))
+            statement, values = _bound_statement(query, model, exact=False)
+            if not generic:
+                return indexes_in_plan(connection, statement, values)
+            numbers = itertools.count(1)
+            text = re.sub("%s", lambda _: f"${next(numbers)}", statement.as_string(connection))
+            return indexes_in_plan(connection, sql.SQL(text), None, options="GENERIC_PLAN, ")
+
+    def _begin_scan(self, connection: Connection[Any], query: Query, model: Model) -> bool:
+        """Whether an index is to serve `query`; then the settings of its scan are set for this transaction."""
+        if query.exact or not self._index_pays(connection, query, model):
+            return False
+        _prepare_scan(connection, query, self._estimate(connection, query.table, Filter()))
+        return True
 
     def _index_pays(self, connection: Connection[Any], query: Query, model: Model) -> bool:
         if not model.indexed or _too_large_for_half(query.vector, model):
@@ -106,7 +141,7 @@ class Searcher:
         if not _has_valid_index(connection, query.table):  # asked each time: a bulk load may have dropped it
             return False
         rows = self._estimate(connection, query.table, Filter())
-        if rows <= _ALWAYS_EXACT_ROWS:
+        if rows <= ALWAYS_EXACT_ROWS:
             return False
         # `where` is left out: the planner guesses wildly about JSON, and a scan that runs dry is noticed.
         columns = Filter(workspace=query.filter.workspace, source_id=query.filter.source_id)
@@ -152,17 +187,31 @@ def _too_large_for_half(vector: NDArray[np.float32], model: Model) -> bool:
 def _prepare_scan(connection: Connection[Any], query: Query, rows: int) -> None:
     """Settings of an index scan, for this transaction. It gives up where comparing all `rows` would be cheaper."""
     settings = {
-        "hnsw.ef_search": max(query.ef_search, min(query.candidates, _MAX_EF_SEARCH)),
+        "hnsw.ef_search": max(query.ef_search, min(query.candidates, MAX_EF_SEARCH)),
         "hnsw.iterative_scan": "relaxed_order",
-        "hnsw.max_scan_tuples": min(_MAX_VISITS, max(_ALWAYS_EXACT_ROWS, int(rows / _VISIT_TO_COMPARE))),
+        "hnsw.max_scan_tuples": min(_MAX_VISITS, max(ALWAYS_EXACT_ROWS, int(rows / _VISIT_TO_COMPARE))),
     }
     connection.execute(_SET_LOCAL, [list(settings), [str(value) for value in settings.values()]])
 
 
-def _run(
-    connection: StoreConnection, query: Query, model: Model, vector: NDArray[np.float32], *, exact: bool
-) -> Answer:
-    statement, values = _statement(query, model, vectors.BinaryVector(vectors.encode(vector)), exact=exact)
+def indexes_in_plan(
+    connection: Connection[Any], statement: sql.Composable, values: Sequence[Any] | None, *, options: str = ""
+) -> set[str]:
+    """Names of the indexes that the server would use for `statement`, with these values and settings."""
+    explain = sql.SQL("EXPLAIN ({}FORMAT JSON) {}").format(sql.SQL(options), statement)
+    [(plan,)] = connection.execute(explain, values, prepare=False).fetchall()
+    return set(_index_names(plan[0]["Plan"]))
+
+
+def _index_names(node: dict[str, Any]) -> Iterator[str]:
+    if "Index Name" in node:
+        yield node["Index Name"]
+    for child in node.get("Plans", ()):
+        yield from _index_names(child)
+
+
+def _run(connection: Connection[Any], query: Query, model: Model, *, exact: bool) -> Answer:
+    statement, values = _bound_statement(query, model, exact=exact)
     # A plan made for all values is wrong for a filter that few rows pass: no prepared statement there.
     prepare = None if query.filter == Filter() and not exact else False
     rows = connection.execute(statement, values, prepare=prepare).fetchall()
@@ -171,18 +220,19 @@ def _run(
     return Answer(SearchResult(hits=hits, complete=complete, cached=False, exact=exact), *rows[0][:2])
 
 
+def _bound_statement(query: Query, model: Model, *, exact: bool) -> tuple[sql.Composed, list[Any]]:
+    vector = vectors.normalized(query.vector) if model.distance == "cosine" else query.vector
+    return _statement(query, model, vectors.BinaryVector(vectors.encode(vector)), exact=exact)
+
+
 def _statement(
     query: Query, model: Model, vector: vectors.BinaryVector, *, exact: bool
 ) -> tuple[sql.Composed, list[Any]]:
     """One statement that gives the snapshot in every row, and one row even where there is no hit."""
-    metadata: sql.Composable = sql.Identifier("target", "metadata")
-    source = sql.SQL("{} AS target").format(sql.Identifier(query.table))
-    if query.level == "chunks":
-        # A chunk's metadata is read over its document's.
-        metadata = sql.SQL("(coalesce(document.metadata, '{}') || target.metadata)")
-        joined = sql.SQL("{} LEFT JOIN embeddings AS document ON document.id = target.document_id")
-        source = joined.format(source) if query.filter.where else source
-    condition = query.filter.sql("target", metadata, opaque=not exact)
+    source, condition = rows_of(query.level, query.filter, opaque=not exact)
+    if query.exclude_id is not None:
+        others = sql.SQL("{} AND target.id <> %s").format(condition.sql)
+        condition = Condition(others, (*condition.values, query.exclude_id))
     operator = _OPERATOR[model.distance]
     full = sql.SQL("l2_normalize(target.embedding)") if model.distance == "cosine" else sql.SQL("target.embedding")
     distance = sql.SQL("({} {} %s::vector)").format(full, operator)
@@ -205,6 +255,18 @@ def _statement(
         hits=_HITS[query.level],
     )
     return statement, [vector, *condition.values, *order_values]
+
+
+def rows_of(level: Level, filters: Filter, *, opaque: bool) -> tuple[sql.Composed, Condition]:
+    """FROM and WHERE of the rows that a search is about, called `target`."""
+    metadata: sql.Composable = sql.Identifier("target", "metadata")
+    source = sql.SQL("{} AS target").format(sql.Identifier(TABLE_OF[level]))
+    if level == "chunks":
+        # A chunk's metadata is read over its document's.
+        metadata = sql.SQL("(coalesce(document.metadata, '{}') || target.metadata)")
+        joined = sql.SQL("{} LEFT JOIN embeddings AS document ON document.id = target.document_id")
+        source = joined.format(source) if filters.where else source
+    return source, filters.sql("target", metadata, opaque=opaque)
 
 
 # The candidates carry ids and distances only: texts and metadata are read for the k that remain.

@@ -31,6 +31,7 @@ from .filters import Filter
 from .ingestion import Ingestion
 from .metrics import Operation
 from .opening import OpenParts
+from .recall import RecallRequest
 from .search import Query
 from .sync import SourceSync
 from .tally import Tally, total_of
@@ -47,6 +48,7 @@ from .types import (
     MaintenanceResult,
     Progress,
     SearchResult,
+    RecallReport,
     Statistics,
     StepProgress,
     StoredHash,
@@ -446,6 +448,43 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         return retried(lambda: statistics.get_diagnostics(self._parts.database, model, migrate.head_revision()))
 
     # -- keeping ---------------------------------------------------------------------------------------
+    @_call
+    def measure_recall(
+        self,
+        *,
+        k: int = 10,
+        sample: int = 200,
+        level: Level = "documents",
+        workspace: str | None = None,
+        where: Mapping[str, Any] | None = None,
+        ef_search: int | None = None,
+        deadline_s: float = 600,
+        on_progress: Progress | None = None,
+    ) -> RecallReport:
+        """Compare the store's own searches with exact answers to the same `sample` questions.
+
+        The questions are stored vectors picked at random and, where there is no filter, vectors lately searched
+        for. `ef_search` is what searches use by default. All rows are compared for each question, for `deadline_s`
+        at most: then the report is of the questions until there. Kept in `recall_measurements`.
+
+        Raises ValidationError where nothing can be asked, MeasurementError where no exact answer can be had.
+        """
+        model = self.model or self._reload_model()
+        if model is None:
+            raise ValidationError("there is nothing to measure: no vector was ever stored")
+        request = RecallRequest(
+            ef_search=model.ef_search_of(self.settings) if ef_search is None else ef_search,
+            target=self.settings.target_recall,
+            k=k,
+            sample=sample,
+            level=level,
+            filter=Filter(workspace, None, where),
+            deadline_s=deadline_s,
+            on_progress=on_progress,
+        )
+        with self._parts.database.maintenance() as connection:
+            return recall.measure_recall(connection, self._parts.searcher, model, request)
+
 
     @_call
     def maintain(
@@ -479,7 +518,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             cancel=cancel,
             on_progress=on_progress,
         )
-        return maintenance.maintain(self._parts.database, self.model or self._reload_model(), plan)
+        result = maintenance.maintain(self._parts.database, self.model or self._reload_model(), plan)
+        self._parts.model.refresh_tuning()
+        return result
 
     @_call
     def pause_ingestion(self, reason: str, *, ttl_s: float = 3600) -> None:

@@ -179,12 +179,45 @@ class SearchResult(Sequence[Hit]):
 
 
 @dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    """An index build that runs now. percent and eta_s are of its present phase, None where that is unknown."""
+
+    phase: str
+    percent: float | None
+    eta_s: float | None
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why an index is not healthy: the rule that says so, what was seen, and the remedy as command and as SQL."""
+
+    rule: str
+    verdict: Health
+    evidence: str
+    command: str
+    sql: str
+
+    def __str__(self) -> str:
+        return f"{self.evidence}; run '{self.command}', or in SQL: {self.sql}"
+
+
 class IndexReport:
     """The state of one vector index, with the reasons of its verdict.
 
     unindexed_rows: rows with a vector that the index does not hold. stale_percent: dead rows that the index
     still holds, in per cent of all that it holds. used: None where the server cannot tell. recall: None until
-    measured.
+    measured since the last build.
+
+    ready: writes reach it. building: the build or rebuild that runs now. bytes_per_row and, after the last
+    build over rows, bytes_per_row_built; bloat is their ratio. changes_since_build: rows inserted, updated
+    beyond HOT, and deleted since; None where a crash or a reset of the counters hides it. last_used: None also
+    where the counters were reset since. planned, planned_generic: whether the store's own query uses it, planned
+    for its values and for any; None where the table is too small to tell. duplicates: indexes of the table that
+    another one makes needless. shared_buffers_share: its size in parts of shared_buffers; hit_rate: of its
+    pages that were asked for, those found there. recall_interval, recall_target, recall_ef_search,
+    recall_measured_at, unreachable, looked_up, zero_vectors: of the measurement that `recall` is from.
     """
 
     name: str
@@ -200,6 +233,66 @@ class IndexReport:
     verdict: Health
     reasons: list[str]
 
+    findings: list[Reason]
+    exists: bool
+    ready: bool
+    building: BuildProgress | None
+    rows_without_vector: int
+    dead_rows: int
+    bytes_per_row: float | None
+    bytes_per_row_built: float | None
+    bloat: float | None
+    changes_since_build: int | None
+    built_at: datetime | None
+    last_used: datetime | None
+    operator_class: str | None
+    planned: bool | None
+    planned_generic: bool | None
+    duplicates: list[str]
+    shared_buffers_share: float
+    hit_rate: float | None
+    recall_interval: tuple[float, float] | None
+    recall_target: float | None
+    recall_ef_search: int | None
+    recall_measured_at: datetime | None
+    looked_up: int | None
+    unreachable: int | None
+    zero_vectors: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecallReport:
+    """How much of the exact answers the store's own searches find: recall@k over `sample` queries.
+
+    interval: of 95 % confidence. ef_search: what was searched with. recommended_ef_search: the lowest that meets
+    `target`, None where none does. The times are of whole searches, in milliseconds; the queried row itself is
+    left out of both answers.
+
+    level: what was searched. queries_from_store, queries_from_searches: where the queries came from.
+    through_index: of them, those that the index served; the others compared all rows, as a user's would have.
+    looked_up: stored rows that were asked for by their own vector through the index; unreachable: of them, those
+    that it did not find with any ef_search. zero_vectors: sampled rows that no search can find, whose vector has
+    no direction. recall_by_ef_search: what was measured on the way. notes: what a reader of the figures must know.
+    """
+
+    recall: float
+    interval: tuple[float, float]
+    k: int
+    sample: int
+    ef_search: int
+    recommended_ef_search: int | None
+    indexed_ms_p50: float
+    exact_ms_p50: float
+    level: Level
+    target: float
+    queries_from_store: int
+    queries_from_searches: int
+    through_index: int
+    looked_up: int
+    unreachable: int
+    zero_vectors: int
+    recall_by_ef_search: Mapping[int, float]
+    notes: list[str]
 
 @dataclass(frozen=True, slots=True)
 class Performance:

@@ -34,14 +34,17 @@ _MIN_BUILD_MB = 64
 _MAX_BUILD_MB = 1024
 
 _IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
+# An interrupted REINDEX leaves an invalid copy; one that runs, by whomever, has one too.
 _LEFTOVERS = """
     SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
     WHERE NOT indisvalid AND pg_table_is_visible(pg_class.oid) AND (relname LIKE %s OR relname LIKE %s)
 """
 _COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")
 _RECORD_BUILD = """
-    INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms)
-    VALUES (%(index)s, %(table)s, %(rows)s, pg_relation_size(to_regclass(%(index)s)), %(duration_ms)s)
+    INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms, changes)
+    SELECT %(index)s, %(table)s, %(rows)s, pg_relation_size(to_regclass(%(index)s)), %(duration_ms)s,
+           (SELECT n_tup_ins + n_tup_upd - n_tup_hot_upd + n_tup_del
+            FROM pg_stat_user_tables WHERE relid = to_regclass(%(table)s))
 """
 
 
