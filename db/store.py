@@ -14,7 +14,7 @@ import redis
 import sqlalchemy
 from numpy.typing import NDArray
 
-from . import bulk_load, deletion, maintenance, migrate, orphans, reading, statistics, vectors
+from . import bulk_load, deletion, maintenance, migrate, orphans, reading, recall, statistics, vectors
 from .config import Consistency, Distance, Settings
 from .documents import check_key
 from .embedding import TextEmbedder
