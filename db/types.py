@@ -13,6 +13,7 @@ Level = Literal["documents", "chunks"]
 Progress = Callable[[int, int | None], None]
 StepProgress = Callable[[str, str | None], None]
 Health = Literal["healthy", "degraded", "critical"]
+FindingStatus = Literal["ok", "warn", "fail"]
 
 _ABSENT: Any = object()
 
@@ -179,7 +180,6 @@ class SearchResult(Sequence[Hit]):
 
 
 @dataclass(frozen=True, slots=True)
-@dataclass(frozen=True, slots=True)
 class BuildProgress:
     """An index build that runs now. percent and eta_s are of its present phase, None where that is unknown."""
 
@@ -203,6 +203,7 @@ class Reason:
         return f"{self.evidence}; run '{self.command}', or in SQL: {self.sql}"
 
 
+@dataclass(frozen=True, slots=True)
 class IndexReport:
     """The state of one vector index, with the reasons of its verdict.
 
@@ -232,7 +233,6 @@ class IndexReport:
     recall: float | None
     verdict: Health
     reasons: list[str]
-
     findings: list[Reason]
     exists: bool
     ready: bool
@@ -294,6 +294,7 @@ class RecallReport:
     recall_by_ef_search: Mapping[int, float]
     notes: list[str]
 
+
 @dataclass(frozen=True, slots=True)
 class Performance:
     """Means and percentiles in milliseconds over the recorded operations of the last seven days."""
@@ -351,6 +352,20 @@ class MaintenanceResult:
     bytes_removed: int
     rows_removed: int
     duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check of the doctor saw. `remedy` is the command or SQL to run, empty where nothing is wrong.
+
+    fixed: the fault was found and mended in this run; `status` tells how it is now.
+    """
+
+    check: str
+    status: FindingStatus
+    evidence: str
+    remedy: str
+    fixed: bool
 
 
 @dataclass(frozen=True, slots=True)
