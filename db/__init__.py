@@ -9,6 +9,7 @@ from .errors import (
     ClosedError,
     DimensionError,
     MaintenanceIncomplete,
+    MeasurementError,
     PausedError,
     PermissionDeniedError,
     SchemaError,
@@ -19,6 +20,7 @@ from .errors import (
 from .openai_embedder import OpenAIEmbedder
 from .store import VectorStore, connect
 from .types import (
+    BuildProgress,
     CleanupResult,
     DeleteResult,
     Diagnostics,
@@ -26,11 +28,14 @@ from .types import (
     DocumentChunk,
     Embedder,
     EmbedResult,
+    Finding,
     Hit,
     IndexReport,
     Item,
     MaintenanceResult,
     Performance,
+    Reason,
+    RecallReport,
     SearchResult,
     Statistics,
     Step,
@@ -39,6 +44,7 @@ from .types import (
 )
 
 __all__ = [
+    "BuildProgress",
     "BusyError",
     "CallableEmbedder",
     "CleanupResult",
@@ -50,15 +56,19 @@ __all__ = [
     "DocumentChunk",
     "EmbedResult",
     "Embedder",
+    "Finding",
     "Hit",
     "IndexReport",
     "Item",
     "MaintenanceIncomplete",
     "MaintenanceResult",
+    "MeasurementError",
     "OpenAIEmbedder",
     "PausedError",
     "Performance",
     "PermissionDeniedError",
+    "Reason",
+    "RecallReport",
     "SchemaError",
     "SearchResult",
     "SentenceTransformersEmbedder",

@@ -37,7 +37,7 @@ def as_error_of_ours(exc: Exception) -> db.VectorKeepError | None:
 
 def exit_code_of(error: db.VectorKeepError) -> ExitCode:
     match error:
-        case db.UnavailableError():
+        case db.UnavailableError() | db.MeasurementError():
             return ExitCode.UNAVAILABLE
         case db.SchemaError():
             return ExitCode.SCHEMA

@@ -128,7 +128,7 @@ class Output:
 
 
 def to_json(value: Any, *, indented: bool = False) -> str:
-    option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indented else 0)
+    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if indented else 0)
     return orjson.dumps(value, option=option, default=_plain).decode()
 
 
