@@ -33,8 +33,10 @@ from .embedding_model import Model
 from .engine import Database
 from .errors import BusyError
 from .locks import LOCK_CLASS, Purpose, advisory_lock
+from .pause import current_pause
 from .registry import StoreModel
 from .tally import Tally
+from .transactions import waiting_for_resume
 from .vector_index import INDEXED_TABLES, drop_vector_indexes, ensure_vector_indexes
 
 logger = logging.getLogger("vectorkeep")
@@ -86,10 +88,12 @@ _STORED = sql.SQL("""
 def bulk_load(database: Database, model: StoreModel) -> Iterator[None]:
     """Load without vector indexes, whatever the tables hold, and build them at the end, also where the block raises.
 
-    Raises BusyError where another load runs.
+    Raises BusyError where another load runs; PausedError while ingestion is paused, or waits, as a write does.
     """
-    with database.maintenance() as connection, _loading(connection, model, lambda: INDEXED_TABLES):
-        yield
+    with database.maintenance() as connection:
+        waiting_for_resume(lambda: _refuse_while_paused(connection), database)
+        with _loading(connection, model, lambda: INDEXED_TABLES):
+            yield
 
 
 @contextmanager
@@ -148,13 +152,18 @@ def _loading(
                 ensure_vector_indexes(connection, model.registered)
 
 
+def _refuse_while_paused(connection: Connection[Any]) -> None:
+    if pause := current_pause(connection):
+        raise pause.error()
+
+
 def _loadable_tables(connection: Connection[Any], inputs: int | None) -> tuple[Table, ...]:
     """Both tables where the store is empty; where many inputs come for certain, each that is empty or lacks its index.
 
     An unknown number may turn out to be one: that is no reason to lock a table of a store in use.
     """
     row = connection.execute(_STATE).fetchone()
-    if row is None:
+    if row is None or current_pause(connection) is not None:
         return ()
     empty, missing = row[:2], row[2:]
     if inputs is None:

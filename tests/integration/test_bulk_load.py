@@ -236,6 +236,36 @@ def test_a_sync_that_has_to_give_way_drops_no_index(registered, sql, indexes):
     assert index_oids(sql) == before
 
 
+@pytest.mark.parametrize("bulk", [True, "auto"])
+def test_no_index_is_dropped_while_ingestion_is_paused(registered, sql, bulk):
+    before = index_oids(sql)
+    registered.pause_ingestion("moving the disk")
+    with pytest.raises(db.PausedError, match="moving the disk"):
+        registered.batch_upsert(documents(MANY), bulk=bulk)
+    assert index_oids(sql) == before
+    registered.resume_ingestion()
+    registered.batch_upsert(documents(MANY), bulk=bulk)
+    assert index_oids(sql) != before
+
+
+def test_a_load_waits_for_the_end_of_a_pause_where_writes_do(
+    registered, indexes, database_url, redis_url, caplog, until
+):
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+
+    def load(store):
+        with store.bulk_load():
+            return indexes()
+
+    registered.pause_ingestion("moving the disk")
+    with db.connect(database_url, redis_url, on_pause="wait") as patient, ThreadPoolExecutor(1) as thread:
+        during = thread.submit(load, patient)
+        until(lambda: "write.waits_for_resume" in caplog.messages)
+        assert indexes() == INDEXES
+        registered.resume_ingestion()
+        assert during.result(30) == {}
+
+
 def test_several_calls_into_an_empty_store_are_one_load(registered, indexes, sql):
     with registered.bulk_load(only_into_empty=True):
         for prefix in "abc":

@@ -213,3 +213,13 @@ def test_a_query_text_finds_what_was_embedded_from_it(embedding_store, embedder)
     assert embedding_store.search("text number 17", 1)[0].id == "00017"
     assert embedding_store.embed("text number 17").tobytes() == vector_of("text number 17").tobytes()
     assert len(embedder.asked) == asked
+
+
+@pytest.mark.parametrize("call", ["embed_batch", "batch_upsert", "sync"])
+def test_long_texts_travel_in_short_batches(embedding_store, monkeypatch, call):
+    monkeypatch.setattr("db.tally.MAX_BATCH_CHARACTERS", 1000)
+    given = [{"id": f"{n}", "text": f"{n} " * 200} for n in range(8)]
+    done = []
+    how = {"source_id": "s"} if call == "sync" else {}
+    getattr(embedding_store, call)(given, on_progress=lambda processed, _: done.append(processed), **how)
+    assert done == [3, 6, 8]
