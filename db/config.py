@@ -62,11 +62,13 @@ class Settings(BaseSettings):
     idle_in_transaction_timeout_s: float = Field(default=60, gt=0)
     lock_timeout_s: float = Field(default=5, gt=0)
     prepare_threshold: int | None = 5
-    maintenance_on_close: bool = False
-    debug: bool = False
-
     on_pause: Literal["raise", "wait"] = "raise"
     pause_wait_s: float = Field(default=600, gt=0)
+    keep_previous_days: float = Field(default=7, ge=0)
+    maintenance_on_close: bool = True
+    maintenance_due_s: float = Field(default=86_400, ge=0)
+    debug: bool = False
+
     postgres_host: str | None = Field(default=None, validation_alias=AliasChoices("postgres_host", "POSTGRES_HOST"))
     # Text, and read only where POSTGRES_HOST is used: Kubernetes sets a variable of this name to an address.
     postgres_port: str = Field(default="5432", validation_alias=AliasChoices("postgres_port", "POSTGRES_PORT"))

@@ -91,6 +91,13 @@ class OpenParts:
             self.cache.mark_delivered(delivered)
         self.cache.deliver_undelivered()
 
+    def deliver_invalidations(self) -> str:
+        """Deliver to Redis what no process has. Says how many writes that was. Raises UnavailableError."""
+        if self.cache is None:
+            return "there is no cache"
+        delivered = self.cache.deliver_undelivered()
+        return f"delivered {delivered} writes" if self.cache.breaker.closed else "Redis cannot be reached now"
+
     def mark_closed(self) -> bool:
         """From now on calls are refused. False where that was so already."""
         with self._closing:

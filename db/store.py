@@ -14,7 +14,7 @@ import redis
 import sqlalchemy
 from numpy.typing import NDArray
 
-from . import bulk_load, deletion, maintenance, migrate, orphans, reading, recall, statistics, vectors
+from . import bulk_load, deletion, doctor, maintenance, migrate, orphans, reading, recall, statistics, vectors
 from .config import Consistency, Distance, Settings
 from .documents import check_key
 from .embedding import TextEmbedder
@@ -24,7 +24,6 @@ from .errors import (
     MaintenanceIncomplete,
     SchemaError,
     ValidationError,
-    VectorKeepError,
     translated,
 )
 from .filters import Filter
@@ -43,12 +42,13 @@ from .types import (
     Document,
     Embedder,
     EmbedResult,
+    Finding,
     Item,
     Level,
     MaintenanceResult,
     Progress,
-    SearchResult,
     RecallReport,
+    SearchResult,
     Statistics,
     StepProgress,
     StoredHash,
@@ -447,7 +447,6 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         model = self.model or self._reload_model()
         return retried(lambda: statistics.get_diagnostics(self._parts.database, model, migrate.head_revision()))
 
-    # -- keeping ---------------------------------------------------------------------------------------
     @_call
     def measure_recall(
         self,
@@ -485,6 +484,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         with self._parts.database.maintenance() as connection:
             return recall.measure_recall(connection, self._parts.searcher, model, request)
 
+    # -- keeping ---------------------------------------------------------------------------------------
 
     @_call
     def maintain(
@@ -500,10 +500,14 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         cancel: Event | None = None,
         on_progress: StepProgress | None = None,
     ) -> MaintenanceResult:
-        """Remove what is past its time, build missing indexes, vacuum where dead rows ask for it.
+        """Remove what is past its time, build and rebuild indexes, vacuum, tune searches: each where it is due.
 
         One process at a time: a second caller gets BusyError, which says who runs. Steps are independent; what
-        failed, was not permitted or not reached before `deadline_s` is said in `steps`.
+        failed, was not permitted or not reached is said in `steps`. `deadline_s` seconds from now, or when `cancel`
+        is set, the running step is stopped and the rest not begun; nothing half-built is left. An index is rebuilt
+        beyond `index_stale_threshold` (the dead share of what it holds), below it where VACUUM is due and would take
+        longer. `dry_run` says what would be done. `on_progress(step, details)` is told of each step, and every
+        second how far a build is.
         """
         if _in_transaction.get():
             raise ValidationError("maintain() cannot run inside transaction(); call it after the block")
@@ -518,7 +522,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             cancel=cancel,
             on_progress=on_progress,
         )
-        result = maintenance.maintain(self._parts.database, self.model or self._reload_model(), plan)
+        result = maintenance.maintain(
+            self._parts.database, self.model or self._reload_model(), plan, self._parts.deliver_invalidations
+        )
         self._parts.model.refresh_tuning()
         return result
 
@@ -539,31 +545,36 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """End the pause of ingestion, whoever took it."""
         self._parts.pause.end()
 
+    @_call
+    def doctor(self, *, fix: bool = False) -> list[Finding]:
+        """Look at the store, its servers and its cache: findings of every check, with evidence and remedy.
+
+        `fix` mends what is safe while everybody works; documents and chunks are never touched. A check that
+        cannot look is a finding, too.
+        """
+        return doctor.examine(self.settings, fix=fix, database=self._parts.database)
+
     def close(self, *, deadline_s: float = 30, maintain: bool | None = None) -> None:
         """Write what metrics wait, give all connections back, leave the embedded servers. Safe to call twice.
 
-        `maintain` True, or None with the setting `maintenance_on_close`, runs `maintain` first, for at most
-        `deadline_s`. The store closes in any case; MaintenanceIncomplete is raised afterwards where a step
-        failed or was not reached.
+        `maintain` True runs `maintain` first, for at most `deadline_s`. None leaves it to the setting
+        `maintenance_on_close`: then it runs only where the last good run is longer ago than `maintenance_due_s`,
+        where nobody else is at work in the database, and in one process at a time. The store closes in any case;
+        MaintenanceIncomplete is raised afterwards where a step failed or was not reached.
         """
         if not self._parts.mark_closed():
             return
-        wanted = self.settings.maintenance_on_close if maintain is None else maintain
+        unfinished: list[str] = []
         try:
-            unfinished = self._maintain_before_close(deadline_s) if wanted else []
+            if maintain or (maintain is None and self.settings.maintenance_on_close):
+                self._parts.metrics.close()  # else its own background work would pass for somebody's
+                unfinished = maintenance.before_close(
+                    self._parts.database, self.model, deadline_s, asked=maintain is True
+                )
         finally:
             self._parts.close()
         if unfinished:
             raise MaintenanceIncomplete(f"the store is closed, but not done: {'; '.join(unfinished)}")
-
-    def _maintain_before_close(self, deadline_s: float) -> list[str]:
-        plan = maintenance.MaintenancePlan(deadline_s=deadline_s)
-        try:
-            with translated():
-                result = maintenance.maintain(self._parts.database, self.model, plan)
-        except VectorKeepError as exc:
-            return [str(exc)]
-        return [f"{s.name}: {s.details}" for s in result.steps if s.outcome in ("failed", "not reached")]
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -37,7 +37,9 @@ _IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
 # An interrupted REINDEX leaves an invalid copy; one that runs, by whomever, has one too.
 _LEFTOVERS = """
     SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
-    WHERE NOT indisvalid AND pg_table_is_visible(pg_class.oid) AND (relname LIKE %s OR relname LIKE %s)
+    WHERE NOT indisvalid AND indrelid = ANY(%s::regclass[]) AND relname ~ '_cc(new|old)[0-9]*$'
+      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running WHERE running.relid = indrelid)
+    ORDER BY relname
 """
 _COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")
 _RECORD_BUILD = """
@@ -71,15 +73,41 @@ def drop_vector_indexes(connection: Connection[Any], tables: Iterable[Table]) ->
 
 
 def rebuild_vector_index(connection: Connection[Any], model: Model, table: Table, rows: int) -> None:
-    """REINDEX online; an interrupted one leaves an invalid copy, which the next run drops first."""
+    """REINDEX online; an interrupted one leaves an invalid copy, see `drop_leftovers`."""
     name = vector_index_name(table.name)
     with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=_BUILDER_WAIT_S):
-        for (leftover,) in connection.execute(_LEFTOVERS, (name + "_ccnew%", name + "_ccold%")).fetchall():
-            _drop(connection, leftover)
         started = time.perf_counter()
         with _lock_timeout(connection, _CONCURRENT_WAIT_MS), _build_memory(connection, model, rows):
             connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
         _record(connection, table, rows, started)
+
+
+def leftovers(connection: Connection[Any]) -> list[str]:
+    """Invalid copies of indexes that interrupted rebuilds left: they serve nobody and slow every write."""
+    tables = [table.name for table in INDEXED_TABLES]
+    return [name for (name,) in connection.execute(_LEFTOVERS, (tables,)).fetchall()]
+
+
+def drop_leftovers(connection: Connection[Any], *, wait_ms: int = _CONCURRENT_WAIT_MS) -> list[str]:
+    """Drop them, online. Returns their names. Raises BusyError where another process of ours builds."""
+    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0), _lock_timeout(connection, wait_ms):
+        names = leftovers(connection)
+        for name in names:
+            connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
+    return names
+
+
+def build_unused_index(connection: Connection[Any], table: Table, model: Model, rows: int) -> None:
+    """Build the vector index of a table that nobody uses yet, and drop nothing that has its name elsewhere."""
+    started = time.perf_counter()
+    statement = _create_index(table, model, concurrently=False).encode()
+    with _build_memory(connection, model, rows), _spill_notices(connection, model, rows):
+        try:
+            connection.execute(statement)
+        except pg.DiskFull:  # of shared memory, as in `_build`
+            connection.execute("SET max_parallel_maintenance_workers = 0")
+            connection.execute(statement)
+    _record(connection, table, rows, started)
 
 
 def _drop(connection: Connection[Any], name: str) -> None:

@@ -15,7 +15,8 @@ DEFAULT_EMBEDDER = "wordllama"
 
 
 def open_store(options: Common, **settings: Any) -> db.VectorStore:
-    """The store that the command line and the environment name."""
+    """The store that the command line and the environment name. A person does not wait for maintenance at its end."""
+    settings.setdefault("maintenance_on_close", False)
     if options.database_url is not None:
         # The environment's direct connection may be one to another database.
         settings.setdefault("maintenance_url", None)

@@ -80,12 +80,13 @@ def test_metrics_and_runs_past_retention_are_removed(store, sql):
         INSERT INTO performance_metrics (operation, duration_ms, created_at)
         SELECT 'x', 1, now() - make_interval(days => n) FROM generate_series(1, 10) AS n
     """)
-    store.maintain(skip_index=True, skip_compaction=True)
+    for _ in range(3):
+        store.maintain(skip_index=True, skip_compaction=True)
     sql("UPDATE maintenance_runs SET finished_at = now() - interval '4 days'")
     assert sql("SELECT count(*) FROM performance_metrics WHERE operation = 'x'") in ([(6,)], [(7,)])
     result = store.maintain(skip_index=True, skip_compaction=True, retention_days=3.5)
     assert sql("SELECT count(*) FROM performance_metrics WHERE operation = 'x'") == [(3,)]
-    assert details(result, "retire run history") == "removed 1 runs past retention"
+    assert details(result, "retire run history") == "removed 2 runs past retention"  # the newest good one tells when
 
 
 def test_the_vector_cache_shrinks_to_its_limit_the_least_used_first(database_url, redis_url, sql):
@@ -146,20 +147,30 @@ def test_a_stale_index_is_rebuilt_and_the_table_vacuumed(stale, sql, until):
     before = sql(size)[0][0]
     told = []
     result = stale.maintain(on_progress=lambda *t: told.append(t))
-    assert details(result, "rebuild stale indexes") == "rebuilt embeddings_vector_idx (60 %)"
+    assert details(result, "rebuild stale indexes").startswith(
+        "rebuilt embeddings_vector_idx (60 % stale; VACUUM of it"
+    )
     assert details(result, "vacuum embeddings") == "vacuumed 1800 dead rows away"
     assert result.index_rebuilt
     assert sql(size)[0][0] < 0.7 * before
     dead = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'embeddings'"
     # A transaction of the store's own background thread may have kept the rows for this once.
     until(lambda: sql(dead) == [(0,)] or not stale.maintain(skip_index=True, skip_cleanup=True))
-    assert [name for name, _ in told] == [step.name for step in result.steps]
+    begun = list(dict.fromkeys(name for name, _ in told))
+    assert [*begun, "record the run"] == [step.name for step in result.steps]
     assert len(stale.search(VECTOR, 5)) == 5
 
 
 def test_an_index_is_left_alone_below_the_threshold(stale):
-    result = stale.maintain(index_stale_threshold=0.7)
+    result = stale.maintain(index_stale_threshold=0.7, skip_compaction=True)
     assert outcomes(result)["rebuild stale indexes"] == "skipped"
+
+
+def test_below_the_threshold_it_is_rebuilt_where_vacuum_is_due_and_would_cost_more(stale, sql):
+    told = details(stale.maintain(index_stale_threshold=0.7, dry_run=True), "rebuild stale indexes")
+    assert "60 % stale, and VACUUM is due; VACUUM of it about" in told
+    sql("UPDATE index_builds SET rows = 1000, duration_ms = 0")  # builds that cost nothing make VACUUM cost nothing
+    assert outcomes(stale.maintain(index_stale_threshold=0.7, dry_run=True))["rebuild stale indexes"] == "skipped"
 
 
 def test_a_dry_run_changes_nothing(stale, sql):
@@ -175,7 +186,8 @@ def test_a_dry_run_changes_nothing(stale, sql):
     result = stale.maintain(dry_run=True)
     assert sql(state) == before
     assert set(outcomes(result).values()) == {"skipped"}
-    assert details(result, "rebuild stale indexes") == "dry run: would rebuild embeddings_vector_idx (60 %)"
+    told = details(result, "rebuild stale indexes")
+    assert told.startswith("dry run: would rebuild embeddings_vector_idx (60 % stale; VACUUM of it about ")
     assert details(result, "vacuum embeddings") == "dry run: would vacuum away 1800 dead rows"
     assert (result.index_rebuilt, result.rows_removed, result.bytes_removed) == (False, 0, 0)
 
@@ -244,9 +256,10 @@ def test_past_the_deadline_the_steps_are_not_reached(store, sql):
 def test_a_cancelled_run_stops_after_the_step_it_is_at(store):
     cancel = threading.Event()
     result = store.maintain(cancel=cancel, on_progress=lambda name, _: cancel.set())
-    reached = [step.outcome != "not reached" for step in result.steps]
-    assert reached[0]
-    assert not any(reached[1:])
+    first, *others, last = result.steps
+    assert first.outcome in ("done", "not reached")
+    assert {step.outcome for step in others} == {"not reached"}
+    assert last.name == "record the run"
 
 
 def test_a_step_that_fails_stops_no_other_and_the_run_is_recorded(store, sql):
@@ -272,13 +285,69 @@ def test_it_does_not_run_inside_a_callers_transaction(store):
 # -- at close ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def due(store, sql):
+    """What makes maintenance due at close: the store's model is there for a week, and nothing ever ran."""
+    store.batch_upsert(vectors(1))
+    sql("UPDATE embedding_models SET created_at = now() - interval '7 days'")
+
+
+RUNS = "SELECT count(*) FROM maintenance_runs"
+
+
+@pytest.mark.usefixtures("due")
 @pytest.mark.parametrize(
     ("setting", "given", "ran"), [(False, True, 1), (True, None, 1), (True, False, 0), (False, None, 0)]
 )
 def test_closing_maintains_where_asked_or_set(database_url, redis_url, sql, setting, given, ran):
-    store = db.connect(database_url, redis_url, maintenance_on_close=setting)
-    store.close(maintain=given)
-    assert sql("SELECT count(*) FROM maintenance_runs") == [(ran,)]
+    other = db.connect(database_url, redis_url, maintenance_on_close=setting)
+    other.close(maintain=given)
+    assert sql(RUNS) == [(ran,)]
+
+
+@pytest.mark.usefixtures("due")
+def test_closing_maintains_by_itself_once_a_day(database_url, sql):
+    db.connect(database_url, False).close()
+    assert sql(RUNS) == [(1,)]
+    db.connect(database_url, False).close()
+    assert sql(RUNS) == [(1,)]
+    sql("UPDATE maintenance_runs SET finished_at = now() - interval '25 hours'")
+    db.connect(database_url, False, maintenance_due_s=26 * 3600).close()
+    assert sql(RUNS) == [(1,)]
+    db.connect(database_url, False).close()
+    assert sql(RUNS) == [(2,)]
+    db.connect(database_url, False).close(maintain=True)
+    assert sql(RUNS) == [(3,)]
+
+
+def test_a_store_of_today_is_not_maintained_by_itself(database_url, store, sql):
+    store.batch_upsert(vectors(1))
+    db.connect(database_url, False).close()
+    assert sql(RUNS) == [(0,)]
+
+
+@pytest.mark.usefixtures("due")
+def test_closing_leaves_a_database_alone_in_which_somebody_works_unless_asked(database_url, sql):
+    with psycopg.connect(database_url) as busy:
+        busy.execute("SELECT 1")
+        db.connect(database_url, False).close()
+        assert sql(RUNS) == [(0,)]
+        db.connect(database_url, False).close(maintain=True)
+        assert sql(RUNS) == [(1,)]
+
+
+@pytest.mark.usefixtures("due")
+def test_closing_by_itself_while_another_maintains_says_nothing(database_url, admin, sql):
+    admin.execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, int(Purpose.MAINTENANCE)))
+    db.connect(database_url, False).close()
+    assert sql(RUNS) == [(0,)]
+
+
+def test_closing_where_maintenance_cannot_connect_closes_and_says_so(database_url):
+    other = db.connect(database_url, False, maintenance_url="postgresql://127.0.0.1:1/nowhere")
+    with pytest.raises(MaintenanceIncomplete, match="the store is closed, but not done: cannot connect"):
+        other.close(maintain=True)
+    assert other.pool.closed
 
 
 def test_closing_without_time_closes_and_says_what_was_not_done(store):

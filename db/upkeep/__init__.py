@@ -1,0 +1,1 @@
+"""The steps of maintenance, by what they look after. `db.maintenance` runs them."""

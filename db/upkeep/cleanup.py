@@ -1,0 +1,66 @@
+"""What is past its time: rows of the write log, metrics, records of runs, cached vectors, remains of failed work."""
+
+from .. import vector_cache
+from ..vector_index import drop_leftovers, leftovers
+from .run import Run, Skipped
+
+# The log must outlive what it fences: no cached result lives longer than its time in Redis.
+_LOG_RETENTION_FACTOR = 2
+
+# One statement: a reader sees the watermark raised and the rows gone, or neither. It rises just above the
+# rows that go: any higher, and answers that nothing has ended would be lost. A log restored from another
+# cluster may hold transaction ids of its future: they fence nothing here and would block for ever.
+_PRUNE_LOG = """
+    WITH horizon AS (
+        SELECT least(pg_snapshot_xmin(pg_current_snapshot()),
+                     (SELECT min(xid) FROM write_log WHERE created_at >= now() - make_interval(secs => %(keep_s)s)
+                                                       AND xid < pg_snapshot_xmax(pg_current_snapshot()))) AS xid),
+    going AS (
+        SELECT (max(write_log.xid)::text::bigint + 1)::text::xid8 AS above
+        FROM write_log JOIN horizon ON write_log.xid < horizon.xid),
+    raised AS (
+        UPDATE write_log_watermark AS mark
+        SET xid = CASE WHEN mark.xid > pg_snapshot_xmax(pg_current_snapshot()) THEN horizon.xid
+                       ELSE greatest(mark.xid, going.above) END
+        FROM horizon, going RETURNING mark.xid)
+    DELETE FROM write_log USING raised
+    WHERE write_log.xid < raised.xid OR write_log.xid > pg_snapshot_xmax(pg_current_snapshot())
+"""
+_RETIRE_METRICS = "DELETE FROM performance_metrics WHERE created_at < now() - make_interval(secs => %s)"
+# The newest good run stays: it tells how long ago that was.
+_RETIRE_RUNS = """
+    DELETE FROM maintenance_runs
+    WHERE finished_at < now() - make_interval(secs => %s)
+      AND id IS DISTINCT FROM (SELECT max(id) FROM maintenance_runs WHERE success)
+"""
+
+
+def prune_log(run: Run) -> str:
+    keep_s = _LOG_RETENTION_FACTOR * run.settings.cache_ttl_s
+    return run.remove(_PRUNE_LOG, {"keep_s": keep_s}, "rows of the write log")
+
+
+def retire_metrics(run: Run) -> str:
+    return run.remove(_RETIRE_METRICS, (run.plan.retention_days * 86_400,), "metrics past retention")
+
+
+def retire_runs(run: Run) -> str:
+    return run.remove(_RETIRE_RUNS, (run.plan.retention_days * 86_400,), "runs past retention")
+
+
+def retire_vectors(run: Run) -> str:
+    if run.plan.dry_run:
+        raise Skipped(f"dry run: would shrink the vector cache to {run.settings.vector_cache_mb:g} MB")
+    removed = vector_cache.retire(run.connection, run.settings.vector_cache_mb)
+    run.rows_removed += removed
+    return f"removed {removed} cached vectors beyond {run.settings.vector_cache_mb:g} MB"
+
+
+def remove_leftovers(run: Run) -> str:
+    """Drop what interrupted rebuilds of indexes left; they take space and slow every write."""
+    names = leftovers(run.connection)
+    if not names:
+        raise Skipped("no interrupted build left anything")
+    if run.plan.dry_run:
+        raise Skipped(f"dry run: would drop {', '.join(names)}")
+    return f"dropped {', '.join(drop_leftovers(run.connection))}"

@@ -1,0 +1,124 @@
+"""Maintenance that is stopped in the middle: at once, the outcome said, and nothing left behind."""
+
+import threading
+import time
+
+import psycopg
+import pytest
+
+import db
+from db.vector_index import leftovers
+
+INVALID = "SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid WHERE NOT indisvalid"
+REINDEXING = "SELECT count(*) FROM pg_stat_progress_create_index"
+
+
+def outcomes(result):
+    return {step.name: step.outcome for step in result.steps}
+
+
+@pytest.fixture
+def stale(database_url, redis_url, sql):
+    """A store whose document index is to be rebuilt."""
+    sql("ALTER TABLE embeddings SET (autovacuum_enabled = false)")
+    with db.connect(database_url, redis_url, model_id="test-model", dimensions=8, pool_max=1) as store:
+        store.batch_upsert(
+            {"id": f"{n}", "text": "t", "source_id": "drop" if n % 2 else "keep", "embedding": [1.0, n + 1.0, *[0] * 6]}
+            for n in range(2400)
+        )
+        store.delete_by_source_id("drop")
+        with store.pool.connection() as connection:
+            connection.execute("SELECT pg_stat_force_next_flush()")
+        yield store
+
+
+@pytest.fixture
+def held(database_url):
+    """A transaction that a REINDEX CONCURRENTLY waits for: it is then surely in the middle."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("SELECT count(*) FROM embeddings")
+        yield connection
+
+
+def in_background(work):
+    """A thread at `work`, and the list that gets what it returned or raised."""
+    results = []
+
+    def run():
+        try:
+            results.append(work())
+        except db.VectorKeepError as exc:
+            results.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, results
+
+
+def test_a_deadline_stops_a_rebuild_that_runs_and_the_rest_is_not_reached(stale, held, sql):
+    started = time.monotonic()
+    result = stale.maintain(skip_cleanup=True, deadline_s=1.5)
+    assert time.monotonic() - started < 15
+    told = outcomes(result)
+    assert told["rebuild stale indexes"] == "not reached"
+    assert told["vacuum embeddings"] == "not reached"
+    assert told["record the run"] == "done"
+    assert not result.index_rebuilt
+    assert sql("SELECT success FROM maintenance_runs") == [(False,)]
+    held.rollback()
+    assert [s.details for s in result.steps if s.name == "rebuild stale indexes"] == [
+        "stopped: the deadline of 1.5 s has passed"
+    ]
+
+
+def test_an_event_stops_it_at_once_and_no_invalid_index_stays(stale, held, sql, until):
+    cancel = threading.Event()
+    thread, results = in_background(lambda: stale.maintain(skip_cleanup=True, cancel=cancel))
+    until(lambda: sql(REINDEXING) == [(1,)])
+    until(lambda: sql(INVALID))  # the copy is there, and invalid
+    cancel.set()
+    held.rollback()
+    thread.join(15)
+    assert outcomes(results[0])["rebuild stale indexes"] == "not reached"
+    assert sql(INVALID) == []
+    assert len(stale.search([1.0, *[0.0] * 7], 5)) == 5
+    assert outcomes(stale.maintain(skip_cleanup=True))["rebuild stale indexes"] == "done"
+
+
+def test_what_a_killed_rebuild_left_is_dropped_by_the_next_run(stale, held, sql, until):
+    thread, results = in_background(lambda: stale.maintain(skip_cleanup=True, skip_compaction=True))
+    until(lambda: sql(REINDEXING) == [(1,)] and sql(INVALID))
+    sql("SELECT pg_terminate_backend(pid) FROM pg_stat_progress_create_index")
+    until(lambda: sql(REINDEXING) == [(0,)])
+    held.rollback()
+    thread.join(15)
+    assert isinstance(results[0], db.UnavailableError)
+    [(left,)] = sql(INVALID)
+    dry = stale.maintain(skip_cleanup=True, dry_run=True)
+    assert [s.details for s in dry.steps if s.name == "remove leftovers"] == [f"dry run: would drop {left}"]
+    result = stale.maintain(skip_cleanup=True)
+    assert [s.details for s in result.steps if s.name == "remove leftovers"] == [f"dropped {left}"]
+    assert sql(INVALID) == []
+
+
+def test_a_build_that_runs_is_no_leftover(stale, held, sql, until, admin):
+    cancel = threading.Event()
+    thread, _ = in_background(lambda: stale.maintain(skip_cleanup=True, cancel=cancel))
+    until(lambda: sql(REINDEXING) == [(1,)] and sql(INVALID))
+    assert leftovers(admin) == []
+    cancel.set()
+    held.rollback()
+    thread.join(15)
+
+
+def test_progress_tells_the_phase_of_a_build(stale, held, until):
+    told, cancel = [], threading.Event()
+    thread, _ = in_background(
+        lambda: stale.maintain(skip_cleanup=True, cancel=cancel, on_progress=lambda *t: told.append(t))
+    )
+    until(lambda: any(name == "rebuild stale indexes" and details for name, details in told))
+    cancel.set()
+    held.rollback()
+    thread.join(15)
+    details = next(d for name, d in told if name == "rebuild stale indexes" and d)
+    assert details.startswith("embeddings: ")
