@@ -132,7 +132,7 @@ def prepare_item(item: HashedItem, embedding: Any, chunks: Any, model: VectorCod
         vector=vector,
         vector_hash=None if vector is None else vector_hash(model.model_id, vector),
         chunks=prepared,
-        chunks_hash=_chunks_hash(prepared) if prepared else None,
+        chunks_hash=chunks_hash(prepared) if prepared else None,
     )
 
 
@@ -302,7 +302,8 @@ def _prepare_chunk(document_id: str, index: int, chunk: Any, model: VectorCodec)
         raise type(exc)(f"chunk {index}: {exc}") from exc
 
 
-def _chunks_hash(chunks: Sequence[PreparedChunk]) -> bytes:
+def chunks_hash(chunks: Sequence[PreparedChunk]) -> bytes:
+    """Hash of all that the chunks of one document hold, in order."""
     digest = sha256()
     for chunk in chunks:
         digest.update(chunk.text_hash)

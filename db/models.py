@@ -270,13 +270,13 @@ class IngestionPause(Base):
 
 
 class RebuildRun(Base):
-    """One rebuild of the tables, and how far it came."""
+    """One rebuild of the tables, and how far it came. `model_id`: of the new tables, None while none is registered."""
 
     __tablename__ = "rebuild_runs"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     state: Mapped[str] = mapped_column(Text)
-    model_id: Mapped[str] = mapped_column(Text)
+    model_id: Mapped[str | None] = mapped_column(Text)
     details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sql("'{}'::jsonb"))
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     finished_at: Mapped[datetime | None] = mapped_column(Timestamp)

@@ -94,7 +94,7 @@ def upgrade() -> None:
         CREATE TABLE rebuild_runs (
             id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
             state text NOT NULL,
-            model_id text NOT NULL,
+            model_id text,
             details jsonb NOT NULL DEFAULT '{}'::jsonb,
             started_at timestamptz NOT NULL DEFAULT now(),
             finished_at timestamptz

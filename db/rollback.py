@@ -1,0 +1,158 @@
+"""Rolling a rebuild back: the tables that it replaced and the live ones exchange their places once more."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import Connection
+from psycopg.sql import SQL, Identifier
+
+from .config import Settings
+from .errors import ValidationError
+from .migration_session import BlockerWatch
+from .opening import OpenParts
+from .pause import MAX_TTL_S
+from .rebuild import rebuild_session
+from .rebuild_runs import (
+    FAILED,
+    ROLLED_BACK,
+    PreviousTables,
+    begin_run,
+    clear_remains_locked,
+    end_run,
+    model_to,
+    require_previous,
+)
+from .shadow import SHADOW, TABLES, create_schema, drop_schema, home_of
+from .shadow_fill import count_kept
+from .swap import PREVIOUS, Exchange, exchange
+from .types import StepProgress
+
+_LAST_WRITE = "SELECT coalesce(max(id), 0) FROM write_log"
+# The sequence knows also of writes whose rows in the log are pruned.
+_LOGGED = "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('write_log', 'id')::regclass), 0)"
+_WRITTEN_SINCE = """
+    SELECT (SELECT count(*) FROM embeddings WHERE updated_at > %(since)s),
+           (SELECT count(*) FROM chunks WHERE created_at > %(since)s)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What was written since the swap, and would be lost with the live tables.
+
+    writes: transactions, at most. documents, chunks: rows written since. more_documents, more_chunks: how many more
+    rows there are than then, below zero where rows were deleted.
+    """
+
+    writes: int
+    documents: int
+    chunks: int
+    more_documents: int
+    more_chunks: int
+
+    @property
+    def any(self) -> bool:
+        return any((self.writes, self.documents, self.chunks, self.more_documents, self.more_chunks))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.writes} write transactions since the swap: {self.documents} documents and {self.chunks} chunks "
+            f"written, {self.more_documents:+d} documents and {self.more_chunks:+d} chunks in all"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackResult:
+    """What was brought back. lost: what had been written since the swap; it is in the tables that are now aside."""
+
+    documents: int
+    chunks: int
+    model_id: str | None
+    lost: Changes
+    swap_ms: float
+
+
+def changes_since_swap(connection: Connection[Any], previous: PreviousTables) -> Changes:
+    """What a rollback to `previous` would lose."""
+    [(documents, chunks)] = connection.execute(_WRITTEN_SINCE, {"since": previous.swapped_at}).fetchall()
+    [(logged,)] = connection.execute(_LOGGED).fetchall()
+    more = {table: count_kept(connection, table, []) - int(previous.details[table]) for table in TABLES}
+    writes = max(0, logged - int(previous.details["log_id"]))
+    return Changes(writes, documents, chunks, more["embeddings"], more["chunks"])
+
+
+def roll_back(
+    settings: Settings, *, force: bool = False, swap_wait_s: float = 60, on_progress: StepProgress | None = None
+) -> RollbackResult:
+    """Bring back the tables that the last rebuild replaced; a rollback of a rollback undoes it.
+
+    Raises ValidationError where something was written since and `force` is False, BusyError where there is nothing to
+    bring back or the tables' locks are not to be had. The store is then as it was.
+    """
+    with rebuild_session(settings) as (parts, lead):
+        home, owner = home_of(lead)
+        clear_remains_locked(lead)
+        pause = parts.pause.begin("a rebuild is rolled back", ttl_s=MAX_TTL_S)
+        previous = require_previous(lead)
+        lost = changes_since_swap(lead, previous)
+        if lost.any and not force:
+            raise ValidationError(f"a rollback would lose what was written: {lost}; --force does it all the same")
+        run_id = begin_run(lead, previous.model, {"rolls_back": previous.run_id})
+        [(last_write,)] = lead.execute(_LAST_WRITE).fetchall()
+        assert pause.owner_pid is not None
+        what = Exchange(home, parts.model.registered, previous.model, last_write, pause.owner_pid)
+        if on_progress is not None:
+            on_progress("swapping", "waits for the searches under way")
+        try:
+            create_schema(lead, SHADOW, owner)
+            return _Rollback(parts, lead, what, run_id, lost).run(swap_wait_s)
+        except BaseException as exc:
+            with suppress(psycopg.Error):
+                end_run(lead, run_id, FAILED, reason=f"{type(exc).__name__}: {exc}"[:500])
+            raise
+        finally:
+            with suppress(psycopg.Error):
+                drop_schema(lead, SHADOW)
+
+
+@dataclass
+class _Rollback:
+    parts: OpenParts
+    lead: Connection[Any]
+    what: Exchange
+    run_id: int
+    lost: Changes
+
+    def run(self, swap_wait_s: float) -> RollbackResult:
+        database = self.parts.database
+        url = database.settings.direct_url() or database.url
+        started = time.monotonic()
+        with BlockerWatch(url, database.settings, self.lead.info.backend_pid) as watch:
+            logged = exchange(
+                self.lead,
+                self.what,
+                wait_s=swap_wait_s,
+                blockers=lambda: watch.seen,
+                prepare=self._bring_forth,
+                conclude=self._conclude,
+            )
+        self.parts.after_commit(logged)
+        model_id = self.what.after.model_id if self.what.after else None
+        swap_ms = (time.monotonic() - started) * 1000
+        return RollbackResult(self.counts["embeddings"], self.counts["chunks"], model_id, self.lost, swap_ms)
+
+    def _bring_forth(self) -> None:
+        """In the transaction of the exchange: the previous tables go where it looks for the new ones."""
+        for table in TABLES:
+            self.lead.execute(
+                SQL("ALTER TABLE {} SET SCHEMA {}").format(Identifier(PREVIOUS, table), Identifier(SHADOW))
+            )
+
+    def _conclude(self) -> None:
+        self.counts = {table: count_kept(self.lead, table, []) for table in TABLES}
+        [(log_id,)] = self.lead.execute(_LAST_WRITE).fetchall()
+        previous_model = model_to(self.what.before)
+        end_run(self.lead, self.run_id, ROLLED_BACK, log_id=log_id, previous_model=previous_model, **self.counts)
