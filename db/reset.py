@@ -23,6 +23,8 @@ from .engine import Database, connect_directly
 from .errors import BusyError, SchemaError, UnavailableError, translated
 from .locks import LOCK_CLASS, PAUSE_CLASS
 from .models import Base
+from .shadow import SHADOW, drop_schema
+from .swap import PREVIOUS
 
 __all__ = ["ResetPlan", "ResetResult", "plan_reset", "reset"]
 
@@ -33,7 +35,8 @@ _CLEAR_AT_MOST_S = 5.0
 _KEYS_A_SCAN = 1000
 _REDIS_PATIENCE_S = 2.0
 
-_TABLES = [table.name for table in Base.metadata.sorted_tables]
+_OTHERS = [table.name for table in Base.metadata.sorted_tables if table.name not in ("embeddings", "chunks")]
+_TABLES = ["embeddings", "chunks", *_OTHERS]
 _PRESENT = """
     SELECT name, pg_total_relation_size(to_regclass(name)) FROM unnest(%s::text[]) AS name
     WHERE to_regclass(name) IS NOT NULL
@@ -223,6 +226,8 @@ def _end_sessions(connection: Connection[Any]) -> int:
 
 def _drop(connection: Connection[Any], settings: Settings) -> None:
     """Drop the tables in one statement, so that the keys between them do not matter. Nothing of others goes."""
+    for schema in (SHADOW, PREVIOUS):  # what rebuilds left, and what they replaced
+        drop_schema(connection, schema)
     present = [name for name, _ in connection.execute(_PRESENT, (_TABLES,)).fetchall()]
     try:
         with connection.transaction():

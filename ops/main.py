@@ -12,10 +12,13 @@ from .cleanup import cleanup
 from .command import command
 from .delete_source import delete_source
 from .demo import demo
+from .doctor import doctor
 from .ingest import ingest
 from .maintain import maintain
 from .migrate import migrate
 from .pause import pause, resume
+from .rebuild import rebuild
+from .reset import reset
 from .search import search
 from .stats import stats
 
@@ -59,6 +62,9 @@ _VERBS: dict[str, Callable[..., exit_codes.ExitCode | None]] = {
     "maintain": maintain,
     "pause": pause,
     "resume": resume,
+    "doctor": doctor,
+    "rebuild": rebuild,
+    "reset": reset,
     "demo": demo,
     "benchmark": benchmark,
 }

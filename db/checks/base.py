@@ -107,6 +107,7 @@ class Examination:
         self.opened_store = database
         self.trouble = ""  # why the database cannot be looked at
         self.schema_trouble = ""
+        self.redis_trouble = ""
         self._database = database
         self._redis_url = settings.redis_url or None
         self._connection: Connection[Any] | None = None
@@ -179,14 +180,18 @@ class Examination:
     @property
     def redis(self) -> redis.Redis | None:
         """A client of the cache's server that waits longer than a search would; None where there is no cache."""
-        if self._redis is None and self._redis_url is not None:
-            self._redis = redis.Redis.from_url(
-                self._redis_url,
-                socket_timeout=_REDIS_PATIENCE_S,
-                socket_connect_timeout=_REDIS_PATIENCE_S,
-                retry=Retry(NoBackoff(), 0),
-                retry_on_error=[],
-            )
+        if self._redis is None and self._redis_url is not None and not self.redis_trouble:
+            try:
+                self._redis = redis.Redis.from_url(
+                    self._redis_url,
+                    socket_timeout=_REDIS_PATIENCE_S,
+                    socket_connect_timeout=_REDIS_PATIENCE_S,
+                    retry=Retry(NoBackoff(), 0),
+                    retry_on_error=[],
+                )
+            except ValueError as exc:
+                self.redis_trouble = f"redis_url cannot be read: {exc}"
+                return None
             self._stack.callback(self._redis.close)
         return self._redis
 

@@ -31,14 +31,14 @@ _DIGEST_BYTES = 32
 
 @check("redis", Needs.NOTHING, "Redis or Valkey is reachable")
 def redis_reachable(examination: Examination) -> Iterator[Found]:
-    try:
-        if (client := examination.redis) is None:
+    if (client := examination.redis) is None:
+        if examination.redis_trouble:
+            yield warn(examination.redis_trouble, "expected redis://, rediss:// or unix://")
+        else:
             yield ok(_NO_CACHE)
-            return
-        info: Mapping[str, Any] = client.info("server")
-    except ValueError as exc:
-        yield warn(f"redis_url cannot be read: {exc}", "expected redis://, rediss:// or unix://")
         return
+    try:
+        info: Mapping[str, Any] = client.info("server")
     except redis.RedisError as exc:
         yield warn(
             f"Redis does not answer: {exc}; searches are right, but none is served from the cache",

@@ -38,6 +38,7 @@ _BUILDING = """
     FROM pg_stat_progress_create_index
     WHERE relid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
 """
+_HAS_KEY = "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = %s AND conrelid = to_regclass(%s))"
 _EXISTS = "SELECT to_regclass(%s) IS NOT NULL"
 _LOAD_RUNS = """
     SELECT pid FROM pg_locks
@@ -101,7 +102,7 @@ def _missing_keys(examination: Examination, table: Table) -> Iterator[Found]:
     keys = {str(one.name): one for one in table.constraints if one.__visit_name__ == "unique_constraint"}
     keys[f"{table.name}_pkey"] = table.primary_key
     for name, key in keys.items():
-        if examination.value("SELECT count(*) FROM pg_constraint WHERE conname = %s", name):
+        if examination.value(_HAS_KEY, name, table.name):
             continue
         columns = ", ".join(column.name for column in key.columns)  # type: ignore[attr-defined]
         kind = "PRIMARY KEY" if name.endswith("_pkey") else "UNIQUE"
@@ -146,15 +147,20 @@ def vector_indexes(examination: Examination) -> Iterator[Found]:
         yield ok(f"{' and '.join(vector_index_name(t.name) for t in INDEXED_TABLES)} are there")
 
 
-@check("index health", Needs.SCHEMA, "the verdict of 'vectorkeep stats' on each vector index is healthy")
+# Told by the checks above, which also mend it.
+_TOLD = ("no-index", "invalid")
+
+
+@check("index health", Needs.SCHEMA, "no rule of 'vectorkeep stats' says that a vector index is degraded or critical")
 def index_health(examination: Examination) -> Iterator[Found]:
     reports = inspect_indexes(examination.connection, examination.model)
-    for report in reports:
-        if report.verdict == "healthy":
-            continue
-        judged = fail if report.verdict == "critical" else warn
-        yield judged(f"{report.name} is {report.verdict}: {'; '.join(report.reasons)}", "vectorkeep maintain")
-    if all(report.verdict == "healthy" for report in reports):
+    reasons = [(report, reason) for report in reports for reason in report.findings if reason.rule not in _TOLD]
+    for report, reason in reasons:
+        judged = fail if reason.verdict == "critical" else warn
+        yield judged(
+            f"{report.name} is {reason.verdict}: {reason.evidence}", f"{reason.command}, or psql -c {reason.sql!r}"
+        )
+    if not reasons:
         yield ok(", ".join(f"{r.name}: {r.indexed_rows} rows" for r in reports) or "no vector index is wanted yet")
 
 
@@ -208,7 +214,8 @@ def _create(examination: Examination, index: Index) -> str:
 def _create_statement(index: Index) -> str:
     """CREATE INDEX CONCURRENTLY of an index of the schema."""
     assert index.table is not None
-    copy = {one.name: one for one in index.table.to_metadata(MetaData()).indexes}[index.name]
+    copies = MetaData(naming_convention=Base.metadata.naming_convention)
+    copy = {one.name: one for one in index.table.to_metadata(copies).indexes}[index.name]
     copy.dialect_options["postgresql"]["concurrently"] = True
     statement = CreateIndex(copy).compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
     return " ".join(str(statement).split())

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from ..errors import BusyError
-from ..locks import LOCK_CLASS, Purpose
 from ..pause import lapsed_pause, recorded_pause
+from ..rebuild_runs import clear_remains, unfinished_rebuild
 from .base import Examination, Found, Needs, age, check, ok, warn
 
 _LAST_RUNS = """
@@ -17,13 +17,6 @@ _LAST_RUNS = """
 
 # Only the one that was looked at: another may have been taken meanwhile.
 _END_PAUSE = "DELETE FROM ingestion_pause WHERE paused_at = %s"
-_UNFINISHED = """
-    SELECT id, state, model_id, extract(epoch FROM clock_timestamp() - started_at)::float8,
-           EXISTS (SELECT FROM pg_locks
-                   WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = %s::oid AND objid = %s::oid
-                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
-    FROM rebuild_runs WHERE finished_at IS NULL ORDER BY id
-"""
 
 
 @check("maintenance", Needs.SCHEMA, "'vectorkeep maintain' ended well within the last week")
@@ -65,14 +58,21 @@ def pause(examination: Examination) -> Iterator[Found]:
     yield warn(f"a pause of ingestion was left {lapsed}; it stops nobody any more", "vectorkeep resume", mend=mend)
 
 
-@check("rebuild", Needs.SCHEMA, "no rebuild was left unfinished", fine="no rebuild is unfinished")
+@check(
+    "rebuild",
+    Needs.SCHEMA,
+    "no rebuild was left unfinished",
+    fix="drops its shadow tables; the live ones are as they were",
+    fine="no rebuild is unfinished",
+)
 def rebuild(examination: Examination) -> Iterator[Found]:
-    for number, state, model, begun_s, runs in examination.rows(_UNFINISHED, LOCK_CLASS, int(Purpose.REBUILD)):
-        what = f"rebuild {number} for the model {model}, {state}, begun {age(begun_s)} ago"
-        if runs:
-            yield ok(f"{what}, runs")
-        else:
-            yield warn(f"{what}, was left unfinished; the store is as it was before", "vectorkeep rebuild, again")
+    def mend() -> str:
+        with examination.mending() as connection:
+            cleared = clear_remains(connection)
+        return f"cleared: {cleared}"
+
+    if (left := unfinished_rebuild(examination.connection)) is not None:
+        yield warn(f"a rebuild was {left}; the store is as it was before", "vectorkeep doctor --fix", mend=mend)
 
 
 CHECKS = (maintenance, pause, rebuild)

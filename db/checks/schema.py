@@ -24,6 +24,7 @@ _UNVALIDATED = """
     WHERE NOT convalidated AND conrelid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
     ORDER BY 1
 """
+_HAS_FOREIGN_KEY = "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = %s AND conrelid = to_regclass('chunks'))"
 _DANGLING = """
     SELECT count(*) FROM chunks WHERE document_id IS NOT NULL
     AND NOT EXISTS (SELECT FROM embeddings WHERE embeddings.id = chunks.document_id)
@@ -86,7 +87,7 @@ def constraints(examination: Examination) -> Iterator[Found]:
             return _validate(examination, table, name)
 
         yield fail(evidence, remedy, subject=name, mend=mend)
-    if not examination.value("SELECT count(*) FROM pg_constraint WHERE conname = %s", FOREIGN_KEY):
+    if not examination.value(_HAS_FOREIGN_KEY, FOREIGN_KEY):
         yield fail(
             "chunks have no foreign key to their documents",
             f"psql -c 'ALTER TABLE chunks ADD CONSTRAINT {FOREIGN_KEY} FOREIGN KEY (document_id) "

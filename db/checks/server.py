@@ -140,12 +140,13 @@ def connections(examination: Examination) -> Iterator[Found]:
     evidence = f"{used} of {most} connections in use, {ours} of them ours"
     if used > examination.limits.connections_share * most:
         yield warn(evidence, "lower VECTORKEEP_POOL_MAX, put PgBouncer in front, or raise max_connections")
+    else:
+        yield ok(evidence)
     if examination.opened_store is not None:
         stats = examination.opened_store.pool.get_stats()
         waiting, size = stats.get("requests_waiting", 0), stats.get("pool_max", 0)
         if waiting:
             yield warn(f"{waiting} callers of this store wait for one of its {size} connections", _LARGER_POOL)
-    yield ok(evidence)
 
 
 _LARGER_POOL = "raise VECTORKEEP_POOL_MAX, or have fewer threads in one process"

@@ -32,7 +32,8 @@ _LONG = """
     SELECT pid, coalesce(nullif(application_name, ''), 'unnamed'), usename, state,
            extract(epoch FROM clock_timestamp() - xact_start)::float8
     FROM pg_stat_activity
-    WHERE datname = current_database() AND backend_xmin IS NOT NULL AND backend_type = 'client backend'
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_xmin IS NOT NULL
+      AND backend_type = 'client backend'
       AND extract(epoch FROM clock_timestamp() - xact_start)::float8 > %s
     ORDER BY xact_start LIMIT 10
 """

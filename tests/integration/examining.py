@@ -1,0 +1,47 @@
+"""How the tests of the doctor examine a store, and find in what it says what they are about."""
+
+import tempfile
+from pathlib import Path
+
+import db
+from db import doctor
+from db.config import Settings
+
+
+class Examiner:
+    """Examines one database as the command does, without an open store."""
+
+    def __init__(self, database_url, redis_url=False, **settings):
+        self.settings = Settings.load({"database_url": database_url, "redis_url": redis_url, **settings})
+        self.findings = []
+
+    def __call__(self, check, *, fix=False, **limits):
+        """The findings of one check."""
+        self.findings = doctor.examine(self.settings, fix=fix, limits=doctor.Limits(**limits))
+        return [found for found in self.findings if found.check == check]
+
+    def statuses(self):
+        return {found.check: found.status for found in self.findings}
+
+    def one(self, check, **how):
+        [found] = self(check, **how)
+        return found
+
+    def mends(self, check, **limits):
+        """Assert that the fault of `check` is told, mended by a fix, and gone in the next run. Returns the finding."""
+        before = [found for found in self(check, **limits) if found.status != "ok"]
+        assert before, f"{check} sees nothing"
+        assert all(found.remedy for found in before)
+        assert not any(found.fixed for found in before)
+        [mended] = self(check, fix=True, **limits)
+        assert (mended.status, mended.fixed) == ("ok", True), mended
+        after = self.one(check, **limits)
+        assert (after.status, after.fixed) == ("ok", False), after
+        return before[0]
+
+
+def own_server(*, redis=False, **settings):
+    """A PostgreSQL of the test's own: `release` stops it."""
+    home = Path(tempfile.mkdtemp(prefix="vk-doctor-", dir="/tmp"))
+    home.chmod(0o711)
+    return db.embedded.acquire(home / "home", settings={"shared_buffers": "32MB", **settings}, redis=redis)
