@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from . import vectors
 from .config import Distance, Settings
+from .errors import SchemaError
 from .models import MAX_INDEXED_DIMENSIONS
 
 
@@ -18,6 +19,17 @@ class Model:
     dimensions: int
     distance: Distance
     ef_search: int | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.model_id!r} ({self.dimensions} dimensions, {self.distance})"
+
+    def require_active(self, active: "Model | None") -> None:
+        """Raise SchemaError where the store's model is not this one any more: a rebuild has moved it."""
+        if active != self:
+            raise SchemaError(
+                f"the store's model was {self} when it was opened, and is {active or 'none'} now; "
+                "vectors of two models cannot be compared: open the store again"
+            )
 
     def ef_search_of(self, settings: Settings) -> int:
         """What a search uses that asks for nothing: the setting where one was given, else the tuned value."""

@@ -21,6 +21,7 @@ from sqlalchemy.pool import NullPool
 
 from . import vectors
 from .config import Settings, redacted, session_conninfo
+from .embedding_model import Model
 from .errors import SchemaError, UnavailableError
 
 logger = logging.getLogger("vectorkeep")
@@ -121,6 +122,9 @@ class Database:
         self.url = url
         self.settings = settings
         self.identity: Identity | None = None  # as the newest connection saw it
+        # The store's model as its calls know it, and the life of the store in which it was last seen to be that.
+        self.model: Model | None = None
+        self.model_life: str | None = None
         self._maintenance_url = settings.direct_url() or url
         self.pool: ConnectionPool[StoreConnection] = ConnectionPool(
             session_conninfo(url, settings),

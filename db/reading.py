@@ -4,26 +4,30 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import psycopg
 import sqlalchemy
-from psycopg import Connection
+from psycopg import Connection, sql
 from sqlalchemy import LargeBinary, func, insert, select
 
 from . import vectors
 from .config import Consistency
 from .embedding_model import Model
-from .engine import Database
+from .engine import LIFE, Database, StoreConnection
 from .errors import translated
 from .locks import LOCK_CLASS, Purpose
 from .models import Chunk, Embedding, WriteLog
 from .pause import current_pause
 from .query_cache import CacheKey, QueryCache
-from .search import Query, Searcher
+from .search import Answer, Query, Searcher
 from .tally import LOG_EVERY
 from .transactions import LoggedWrite, source_tag, waiting_for_resume, workspace_tag
 from .types import Document, DocumentChunk, SearchResult, StoredHash
 
 logger = logging.getLogger("vectorkeep")
 
+_MODEL_IN_LIFE = sql.SQL("""
+    SELECT {}, model_id, dimensions, distance FROM (SELECT) AS one LEFT JOIN embedding_models ON active
+""").format(LIFE)
 _HASHES = """
     SELECT id, source_id, text_hash,
            ARRAY(SELECT chunks.text_hash FROM chunks
@@ -50,17 +54,42 @@ def search(
             return cached
     with database.connection() as connection:
         if cache is None:
-            return searcher.search(connection, query, model).result
+            return _answer(database, connection, searcher, query, model).result
         if consistency == "strict":
             cached, slot = cache.look_up_strict(key, connection)
             if cached is not None:
                 return cached
-        answer = searcher.search(connection, query, model)
+        answer = _answer(database, connection, searcher, query, model)
         if answer.life != connection.identity.life:  # restarted behind a pooler, restored, or another role was set
             database.identify(connection)
     if slot is not None and slot.life == answer.life:
         cache.store(slot, answer.result, answer.snapshot)
     return answer.result
+
+
+def _answer(database: Database, connection: StoreConnection, searcher: Searcher, query: Query, model: Model) -> Answer:
+    """The answer from the tables. Raises SchemaError where their vectors are of another model than `model`.
+
+    A rebuild that moves the store makes new tables, and with them a new life: the model is asked for in that alone.
+    """
+    while True:
+        try:
+            answer = searcher.search(connection, query, model)
+        except psycopg.DataError:  # vectors of another length
+            _require_model(connection, model)
+            raise
+        if answer.life == database.model_life:
+            return answer
+        database.model_life = life = _require_model(connection, model)
+        if answer.life == life:
+            return answer
+
+
+def _require_model(connection: StoreConnection, model: Model) -> str:
+    """The life of the store in which `model` is the active one. Raises SchemaError where it is another."""
+    [(life, *active)] = connection.execute(_MODEL_IN_LIFE).fetchall()
+    model.require_active(Model(*active) if active[0] is not None else None)
+    return str(life)
 
 
 def cache_key(query: Query, model: Model) -> CacheKey:

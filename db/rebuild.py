@@ -137,7 +137,7 @@ class _Rebuild:
         self.lead = lead
         self.plan = plan
         self.live_model = parts.model.registered
-        self.model = _target(self.live_model, plan, embedder, parts.settings)
+        self.model = target_model(self.live_model, plan, embedder, parts.settings)
         self.embedder = None if embedder is None else TextEmbedder(parts.database, embedder, parts.chunker)
         self.details: list[str] = []
         self.started = time.monotonic()
@@ -335,7 +335,7 @@ class _Rebuild:
         )
 
 
-def _target(live: Model | None, plan: RebuildPlan, embedder: Embedder | None, settings: Settings) -> Model | None:
+def target_model(live: Model | None, plan: RebuildPlan, embedder: Embedder | None, settings: Settings) -> Model | None:
     """The model of the new tables. Raises ValidationError, SchemaError where the embedder is missing or another's."""
     if embedder is None:
         if plan.new_model or plan.sources:

@@ -76,8 +76,15 @@ class StoreModel:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
-        self._registered: Model | None = None
         self._deferring = 0
+
+    @property
+    def _registered(self) -> Model | None:
+        return self._database.model  # there, because every write and search compares it with what is active
+
+    @_registered.setter
+    def _registered(self, model: Model | None) -> None:
+        self._database.model = model
 
     def load(self) -> None:
         """Read the registry and compare it with what was asked for. Raises SchemaError, DimensionError."""

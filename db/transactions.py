@@ -15,6 +15,7 @@ import stamina
 from psycopg import Cursor, sql
 from psycopg import errors as pg
 
+from .embedding_model import Model
 from .engine import Database
 from .errors import PausedError, UnavailableError, is_transient
 from .locks import LOCK_CLASS, Purpose
@@ -30,11 +31,12 @@ MAX_TAGS = 200
 EVERYTHING = "all"
 
 # A lock is waited for a little shorter than a statement may take: what is held by others is told from what is slow.
-# Two statements in one message: the second's snapshot is younger than the lock, so a pause that was taken while this
-# one waited is seen.
+# Two statements in one message: the second's snapshot is younger than the lock, so a pause that was taken, or a model
+# that the store was moved to, while this one waited is seen.
 _LOCK_WRITERS = sql.SQL("""
     SELECT set_config('lock_timeout', {}, true), pg_advisory_xact_lock_shared({}, {});
-    SELECT EXISTS (SELECT FROM ingestion_pause)
+    SELECT EXISTS (SELECT FROM ingestion_pause), model_id, dimensions, distance
+    FROM (SELECT) AS one LEFT JOIN embedding_models ON active
 """)
 _LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
 _IS_RUNNING = "SELECT pg_xact_status(%s::xid8) IS NOT DISTINCT FROM 'in progress'"
@@ -156,22 +158,24 @@ def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
         raise exc.lost from None
 
 
-def _lock_writers(cursor: Cursor[Any], statement_timeout_s: float) -> None:
-    """Join the writers, or raise PausedError.
+def _lock_writers(cursor: Cursor[Any], database: Database) -> None:
+    """Join the writers, or raise PausedError; SchemaError where the store was moved to another model.
 
     A wait that is cut off is no refusal of what is to be written: it gets its own error.
     """
     try:
-        lock_timeout_ms = max(1, int(900 * statement_timeout_s))
+        lock_timeout_ms = max(1, int(900 * database.settings.statement_timeout_s))
         cursor.execute(_LOCK_WRITERS.format(str(lock_timeout_ms), LOCK_CLASS, int(Purpose.WRITERS)))
     except (pg.QueryCanceled, pg.LockNotAvailable) as exc:
         raise UnavailableError(
             "writers are locked out by a session that keeps them all waiting; try again when it has finished"
         ) from exc
     cursor.nextset()
-    [(any_pause,)] = cursor.fetchall()
+    [(any_pause, *active)] = cursor.fetchall()
     if any_pause and (pause := current_pause(cursor.connection)):
         raise pause.error()
+    if database.model is not None:
+        database.model.require_active(Model(*active) if active[0] is not None else None)
 
 
 def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
@@ -179,7 +183,7 @@ def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
         attempt: _Attempt | None = None
         try:
             with connection.transaction(), connection.cursor() as cursor:
-                _lock_writers(cursor, database.settings.statement_timeout_s)
+                _lock_writers(cursor, database)
                 transaction = WriteTransaction(cursor)
                 outcome = work(transaction)
                 if not transaction.wrote:
