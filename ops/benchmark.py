@@ -11,7 +11,7 @@ from .benchmarks.machine import described, machine
 from .benchmarks.plan import Run
 from .benchmarks.report import COLUMNS, Figure
 from .benchmarks.rows import SyntheticVectors, TextVectors
-from .benchmarks.scratch import scratch_on
+from .benchmarks.scratch import Scratch
 from .command import Cli
 from .opening import target_url
 
@@ -63,8 +63,10 @@ def benchmark(
     vectors = TextVectors() if dimensions is None else SyntheticVectors(dimensions)
     wide = SyntheticVectors(_WIDE) if dimensions is None else None
     started = time.perf_counter()
-    with target_url(cli.options) as url, scratch_on(url) as scratch:
-        where = machine(scratch.connection)
+    with target_url(cli.options) as url:
+        scratch = Scratch(url)
+        with scratch.server() as connection:
+            where = machine(connection)
         run = Run(scratch, rows or (_QUICK_ROWS if quick else _ROWS), rounds, vectors, wide, cli.output.say)
         measure(run, names)
     _print(cli, run, where, round(time.perf_counter() - started, 1))

@@ -143,6 +143,7 @@ def _delete_source(run: Run, databases: Large) -> None:
                 large: lambda n: _delete(in_large, f"small-{n}", databases.small_source),
                 large_share: lambda n: _delete(in_large, f"large-{first_large_source + n}", databases.large_source),
             },
+            vacuum=False,
         )
     notes = ["each document with one chunk; the indexes on id, source, workspace and creation, no vector index"]
     run.add(
@@ -184,6 +185,8 @@ def _cleanup(run: Run, databases: Large) -> None:
 
 
 def _count_orphans(run: Run, databases: Large, orphans: int) -> None:
+    for database in (databases.small, databases.large):
+        database.settle()
     small, large = f"{databases.small_rows:,} rows", f"{databases.large_rows:,} rows"
     with databases.small.store() as in_small, databases.large.store() as in_large:
         times = run.compete(
@@ -192,6 +195,7 @@ def _count_orphans(run: Run, databases: Large, orphans: int) -> None:
                 small: lambda _round: _dry_run(in_small, orphans),
                 large: lambda _round: _dry_run(in_large, orphans),
             },
+            vacuum=False,
         )
     name = f"dry-run cleanup, {orphans:,} orphans, {large}"
     notes = [f"what one dry run reads in {large}: {_read_by_dry_run(databases.large, orphans)}"]
@@ -254,6 +258,7 @@ def _remove_orphans(run: Run, databases: Large, orphans: int) -> None:
                 by_hand: lambda _round: databases.small.by_hand.remove_orphans(),
             },
             prepare=prepare,
+            vacuum=False,
         )
     name = f"cleanup of {orphans:,} orphans"
     run.add(

@@ -47,8 +47,9 @@ class Run:
         *,
         prepare: Callable[[str], None] = lambda _side: None,
         equal: Sequence[str] = (),
+        vacuum: bool = True,
     ) -> Times:
-        """Time `sides` over `databases`, each of which is at rest before every start.
+        """Time `sides` over `databases`, which are at rest before every start, and vacuumed where `vacuum` says so.
 
         In the first round those named `equal` must leave the (first) database alike; else raises UnequalWork.
         """
@@ -57,7 +58,7 @@ class Run:
         def make_ready(side: str) -> None:
             prepare(side)
             for database in databases:
-                database.settle()
+                database.settle(vacuum=vacuum)
 
         def look(side: str, number: int) -> None:
             if number == 0 and side in equal:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
+from hashlib import sha256
 from typing import Protocol
 
 import numpy as np
@@ -23,8 +24,8 @@ class Vectors(Protocol):
     dimensions: int
     described: str
 
-    def of(self, numbers: Sequence[int], texts: Sequence[str], /) -> NDArray[np.float32]:
-        """Unit vectors, float32, shape (len(numbers), dimensions): the same for the same row."""
+    def of(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors, float32, shape (len(texts), dimensions): the same for the same text."""
         ...
 
 
@@ -39,20 +40,21 @@ class TextVectors:
         self.model_id = self._embedder.model_id
         self.dimensions = self._embedder.dimensions
 
-    def of(self, _numbers: Sequence[int], texts: Sequence[str], /) -> NDArray[np.float32]:
+    def of(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return self._embedder.embed(texts)
 
 
 class SyntheticVectors:
-    """Directions without any structure, drawn from the row's number."""
+    """Directions without any structure, drawn from a hash of the text."""
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
         self.model_id = f"synthetic-{dimensions}"
         self.described = "synthetic vectors (normal deviates, scaled to length 1)"
 
-    def of(self, numbers: Sequence[int], _texts: Sequence[str], /) -> NDArray[np.float32]:
-        drawn = np.random.default_rng(list(numbers)).standard_normal((len(numbers), self.dimensions), np.float32)
+    def of(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        seeds = (int.from_bytes(sha256(text.encode()).digest()[:8]) for text in texts)
+        drawn = np.stack([np.random.default_rng(seed).standard_normal(self.dimensions, np.float32) for seed in seeds])
         unit: NDArray[np.float32] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
         return unit
 
@@ -62,7 +64,7 @@ def documents(vectors: Vectors, start: int, count: int, *, revision: int = 0) ->
     for begin in range(start, start + count, _AT_ONCE):
         numbers = range(begin, min(begin + _AT_ONCE, start + count))
         texts = [text_of(n, revision) for n in numbers]
-        for n, text, vector in zip(numbers, texts, vectors.of(numbers, texts), strict=True):
+        for n, text, vector in zip(numbers, texts, vectors.of(texts), strict=True):
             yield db.Document(id_of(n), text, vector, metadata_of(n, revision), source_of(n))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ import db
 from db.config import Settings
 from db.embedding_model import Model
 from db.engine import connect_directly
-from db.errors import translated
 from db.migrate import upgrade
 from db.registry import register_model
 from db.vector_index import build_memory_mb
@@ -66,20 +66,20 @@ class Writes:
 
 
 class Scratch:
-    """The scratch databases of one run. `connection` is to the server they are on, and writes nothing else."""
+    """The scratch databases of one run, on the server at `server_url`."""
 
-    def __init__(self, server_url: str, connection: Connection[Any]) -> None:
+    def __init__(self, server_url: str) -> None:
         self._server_url = server_url
-        self.connection = connection
         self._prefix = f"vectorkeep_benchmark_{token_hex(4)}"
-        self._made: list[str] = []
+        self._count = 0
         self.checkpoints = True  # False from when the role was refused one
 
     @contextmanager
     def database(self, vectors: Vectors) -> Iterator["ScratchDatabase"]:
         """An empty store for `vectors`, dropped at the end of the block."""
-        name = self._create(None)
-        try:
+        name = self._new_name()
+        with self._dropped_after(name):
+            self._create(name, None)
             url = database_url(self._server_url, name)
             upgrade(url)
             register_model(url, vectors.model_id, vectors.dimensions, "cosine")
@@ -87,22 +87,32 @@ class Scratch:
                 for table in ("embeddings", "chunks"):
                     opened.connection.execute(sql.SQL(_NO_AUTOVACUUM).format(sql.Identifier(table)))
                 yield opened
-        finally:
-            self._drop(name)
 
     @contextmanager
     def copy_of(self, original: "ScratchDatabase") -> Iterator["ScratchDatabase"]:
         """A copy of a database that only this run has open, dropped at the end of the block."""
-        original.connection.close()
-        try:
-            name = self._create(original.name)
-        finally:
-            original.connection = handwritten.connect(original.url)
-        try:
+        name = self._new_name()
+        with self._dropped_after(name):
+            original.connection.close()
+            try:
+                self._create(name, original.name)
+            finally:
+                original.connection = handwritten.connect(original.url)
             with self._opened(name, original.vectors) as opened:
                 yield opened
+
+    @contextmanager
+    def _dropped_after(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as exc:
+            # What an interruption caught while it connected is held open by the traceback, and until the server
+            # gives up on it, after a minute, it keeps DROP DATABASE waiting.
+            traceback.clear_frames(exc.__traceback__)
+            raise
         finally:
-            self._drop(name)
+            with self.server() as connection:
+                connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     @contextmanager
     def _opened(self, name: str, vectors: Vectors) -> Iterator["ScratchDatabase"]:
@@ -113,41 +123,26 @@ class Scratch:
         finally:
             opened.connection.close()
 
-    def _create(self, template: str | None) -> str:
-        name = f"{self._prefix}_{len(self._made)}"
-        self._made.append(name)
+    def _new_name(self) -> str:
+        self._count += 1
+        return f"{self._prefix}_{self._count}"
+
+    def _create(self, name: str, template: str | None) -> None:
         statement = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
         if template is not None:
             statement += sql.SQL(" TEMPLATE {} STRATEGY file_copy").format(sql.Identifier(template))
-        try:
-            self.connection.execute(statement)
-        except pg.InsufficientPrivilege as exc:
-            raise db.PermissionDeniedError(
-                f"the role {self.connection.info.user!r} may not create databases, and the benchmark works only in "
-                f"databases of its own; run ALTER ROLE {self.connection.info.user} CREATEDB, or use another role"
-            ) from exc
-        return name
+        with self.server() as connection:
+            try:
+                connection.execute(statement)
+            except pg.InsufficientPrivilege as exc:
+                raise db.PermissionDeniedError(
+                    f"the role {connection.info.user!r} may not create databases, and the benchmark works only in "
+                    f"databases of its own; run ALTER ROLE {connection.info.user} CREATEDB, or use another role"
+                ) from exc
 
-    def _drop(self, name: str) -> None:
-        # A connection of its own: the other one may have been interrupted in the middle of a statement.
-        with connect_directly(self._server_url, Settings(database_url=self._server_url)) as connection:
-            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
-
-    def drop_all(self) -> None:
-        """Drop what an interruption left."""
-        for name in self._made:
-            self._drop(name)
-
-
-@contextmanager
-def scratch_on(server_url: str) -> Iterator[Scratch]:
-    """Scratch databases on the server at `server_url`. Raises UnavailableError, PermissionDeniedError."""
-    with translated(), connect_directly(server_url, Settings(database_url=server_url)) as connection:
-        scratch = Scratch(server_url, connection)
-        try:
-            yield scratch
-        finally:
-            scratch.drop_all()
+    def server(self) -> Connection[Any]:
+        """A new connection to the server that was named. Raises UnavailableError."""
+        return connect_directly(self._server_url, Settings(database_url=self._server_url))
 
 
 @dataclass
@@ -188,9 +183,10 @@ class ScratchDatabase:
         self.truncate()
         self.connection.execute("INSERT INTO embeddings SELECT * FROM saved ORDER BY id")
 
-    def settle(self) -> None:
+    def settle(self, *, vacuum: bool = True) -> None:
         """Leave the server nothing to do that would fall into the next measurement."""
-        self.connection.execute("VACUUM (ANALYZE) embeddings, chunks")
+        if vacuum:
+            self.connection.execute("VACUUM (ANALYZE) embeddings, chunks")
         if self.scratch.checkpoints:
             try:
                 self.connection.execute("CHECKPOINT")
