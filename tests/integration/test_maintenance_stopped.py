@@ -77,6 +77,7 @@ def test_an_event_stops_it_at_once_and_no_invalid_index_stays(stale, held, sql, 
     until(lambda: sql(REINDEXING) == [(1,)])
     until(lambda: sql(INVALID))  # the copy is there, and invalid
     cancel.set()
+    until(lambda: sql(REINDEXING) == [(0,)])
     held.rollback()
     thread.join(15)
     assert outcomes(results[0])["rebuild stale indexes"] == "not reached"
