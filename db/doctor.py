@@ -36,8 +36,7 @@ def examine(
     """Findings of all checks, at least one each, in the order of `db.checks.CHECKS`.
 
     Works where no store can be opened: what is in the way is a finding, and what could not be looked at for
-    that reason is the last one. `database` is that of a store that is open. Raises nothing but what a
-    programming error raises.
+    that reason is the last one. `database` is that of a store that is open: its pool is looked at, too.
     """
     findings: list[Finding] = []
     missed: list[str] = []

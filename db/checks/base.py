@@ -108,7 +108,7 @@ class Examination:
         self.trouble = ""  # why the database cannot be looked at
         self.schema_trouble = ""
         self.redis_trouble = ""
-        self._database = database
+        self._database: Database | None = None
         self._redis_url = settings.redis_url or None
         self._connection: Connection[Any] | None = None
         self._redis: redis.Redis | None = None
@@ -129,10 +129,10 @@ class Examination:
             url = servers.database_url
             if self.settings.redis_url is None:
                 self._redis_url = servers.redis_url
-        if self._database is None:
-            self._database = Database(url, self.settings)
-            self._stack.callback(self._database.close)
-            self._database.open()
+        # Of its own, also where a store is open: the store's may be what is exhausted.
+        self._database = Database(url, self.settings)
+        self._stack.callback(self._database.close)
+        self._database.open()
         self.connection.execute("SELECT 1")
 
     def can(self, needs: Needs) -> bool:

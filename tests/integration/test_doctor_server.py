@@ -5,6 +5,7 @@ import threading
 import psycopg
 import pytest
 
+import db
 from db import migrate
 from db.locks import LOCK_CLASS, Purpose
 from tests.integration.examining import Examiner, own_server
@@ -99,6 +100,18 @@ def test_a_lock_of_ours_whose_holder_does_nothing_is_told(examine, database_url)
 def test_connections_that_run_out_are_told(examine):
     assert examine.one("connections").status == "ok"
     assert examine.one("connections", connections_share=0.0).status == "warn"
+
+
+def test_a_pool_whose_callers_wait_is_told(database_url, until):
+    with db.connect(database_url, False, model_id="test-model", dimensions=8, pool_max=1) as store:
+        with store.pool.connection():
+            waiting = threading.Thread(target=store.get, args=(["a"],))
+            waiting.start()
+            until(lambda: store.pool.get_stats()["requests_waiting"])
+            [told] = [found for found in store.doctor() if found.check == "connections" and found.status == "warn"]
+        waiting.join(10)
+        assert "wait for one of its 1 connections" in told.evidence
+        assert all(found.status == "ok" for found in store.doctor() if found.check == "connections")
 
 
 # -- a server of the tests' own: what is told concerns all of a server, and would be told to other tests ---------
