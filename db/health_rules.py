@@ -183,7 +183,7 @@ RULES: tuple[Rule, ...] = (
         name="unused",
         verdict="degraded",
         when=f"over more than {SMALL_TABLE_ROWS} vectors, not one scan in the at least 7 days that the counter covers",
-        holds=lambda f: f.used is False and f.vectors > SMALL_TABLE_ROWS,
+        holds=lambda f: f.valid and f.used is False and f.vectors > SMALL_TABLE_ROWS,
         evidence="the vector index was not used once in {server.counted_for}, the time that its counter covers; "
         "searches on a standby are not counted",
         command="VECTORKEEP_DEBUG=1 vectorkeep search TEXT",

@@ -86,19 +86,21 @@ def measure_recall(
     Raises ValidationError where nothing can be asked; MeasurementError where the exact side would not be exact;
     UnavailableError where not one comparison fits into the time.
     """
-    questions = choose_questions(connection, model, request.level, request.filter, request.sample)
-    if not questions.asked:
-        raise ValidationError(f"there is nothing to measure: no row of {request.level} with a vector passes the filter")
-    with _session(connection, request.deadline_s):
-        measurement = _Measurement(connection, searcher, model, request)
-        try:
+    try:
+        with _session(connection, request.deadline_s):
+            questions = choose_questions(connection, model, request.level, request.filter, request.sample)
+            if not questions.asked:
+                raise ValidationError(
+                    f"there is nothing to measure: no row of {request.level} with a vector passes the filter"
+                )
+            measurement = _Measurement(connection, searcher, model, request)
             measurement.compare(questions.asked)
-        except pg.QueryCanceled as exc:
-            raise UnavailableError(
-                f"a comparison took longer than the {request.deadline_s:g} s of the whole measurement; "
-                "give it a longer deadline_s"
-            ) from exc
-        recommended = measurement.recommend()
+            recommended = measurement.recommend()
+    except pg.QueryCanceled as exc:
+        raise UnavailableError(
+            f"one statement took longer than the {request.deadline_s:g} s of the whole measurement; "
+            "give it a longer deadline_s"
+        ) from exc
     report = measurement.report(recommended, questions.zero_vectors)
     try:
         record_measurement(connection, model, report, filtered=request.filter != Filter())
@@ -156,7 +158,8 @@ class _Measurement:
         query = self._query(question, self.request.ef_search)
         planned = self.searcher.indexes_planned(self.connection, query, self.model)
         indexed, indexed_ms = self._timed(query)
-        reached = self._reaches_itself(question) if question.row_id is not None and not indexed.exact else None
+        by_index = self.index in planned and not indexed.exact
+        reached = self._reaches_itself(question) if question.row_id is not None and by_index else None
         exact, exact_ms = self._exactly(query)
         if reached is False and not self._is_there(question):
             reached = None
@@ -166,7 +169,7 @@ class _Measurement:
             reach=reach,
             possible=len(exact),
             found=sum(hit.distance <= reach for hit in indexed),
-            by_index=self.index in planned and not indexed.exact,
+            by_index=by_index,
             indexed_ms=indexed_ms,
             exact_ms=exact_ms,
             reached=reached,
@@ -181,6 +184,12 @@ class _Measurement:
         started = time.perf_counter()
         result = self.searcher.search(self.connection, query, self.model).result
         return result, (time.perf_counter() - started) * 1000
+
+    def _through_index(self, query: Query) -> SearchResult:
+        """The answer of the index, also where the server would rather compare the rows of a small table."""
+        with self.connection.transaction(force_rollback=True):  # what is set here ends here
+            self.connection.execute("SET LOCAL enable_seqscan = off")
+            return self._timed(query)[0]
 
     def _exactly(self, query: Query) -> tuple[SearchResult, float]:
         """The exact answer, in a transaction whose remaining statements use no index scan."""
@@ -197,8 +206,7 @@ class _Measurement:
     def _reaches_itself(self, question: Question) -> bool:
         """Whether a row is found by its own vector, at last with the most patient search. Ties will do."""
         for ef_search in sorted({self.request.ef_search, MAX_EF_SEARCH}):
-            query = self._query(question, ef_search, itself=True)
-            hits = self.searcher.search(self.connection, query, self.model).result
+            hits = self._through_index(self._query(question, ef_search, itself=True))
             own = self._distance_to_itself(question)
             if any(hit.id == question.row_id for hit in hits) or hits[-1].distance <= own + self._rounding(own):
                 return True
@@ -240,7 +248,7 @@ class _Measurement:
                 if self._is_over():
                     self.cut_short = True
                     return None
-                hits, _ = self._timed(self._query(trial.question, ef_search))
+                hits = self._through_index(self._query(trial.question, ef_search))
                 found.append(min(trial.possible, sum(hit.distance <= trial.reach for hit in hits)))
             self.recall_at[ef_search] = self._recall(found)
         return self.recall_at[ef_search]
