@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from psycopg import sql
+from psycopg import Connection, sql
 from sqlalchemy import Index, MetaData, Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 
 from ..embedding_model import Model
+from ..errors import PermissionDeniedError
 from ..index_health import inspect_indexes
 from ..locks import LOCK_CLASS, Purpose, advisory_lock
 from ..models import Base, vector_index_name
@@ -77,7 +80,7 @@ def invalid_indexes(examination: Examination) -> Iterator[Found]:
     "missing indexes",
     Needs.SCHEMA,
     "every index and unique key of the schema is there",
-    fix="builds indexes online; unique keys only where their rows are unique",
+    fix="builds indexes online; of a key it tells the SQL",
     fine="every index is there",
 )
 def missing_indexes(examination: Examination) -> Iterator[Found]:
@@ -164,12 +167,19 @@ def index_health(examination: Examination) -> Iterator[Found]:
         yield ok(", ".join(f"{r.name}: {r.indexed_rows} rows" for r in reports) or "no vector index is wanted yet")
 
 
-def _drop(examination: Examination, name: str) -> str:
-    with (
-        examination.mending() as connection,
-        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
-    ):
+@contextmanager
+def _building(examination: Examination) -> Iterator[Connection[Any]]:
+    """A connection that may build. Raises BusyError where a load, a maintenance, a rebuild or another builder runs."""
+    with ExitStack() as stack:
+        connection = stack.enter_context(examination.mending())
+        for purpose in (Purpose.MAINTENANCE, Purpose.BULK_LOAD, Purpose.INDEX_BUILD):
+            stack.enter_context(advisory_lock(connection, purpose, wait_s=0))
         connection.execute(f"SET lock_timeout = {_CONCURRENT_WAIT_MS}")
+        yield connection
+
+
+def _drop(examination: Examination, name: str) -> str:
+    with _building(examination) as connection:
         connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
     return f"{name} dropped"
 
@@ -180,33 +190,22 @@ def _build_again(examination: Examination, name: str, table: str) -> str:
     if name in ours and model is not None:
         _drop(examination, name)
         return _build_vector_index(examination, ours[name], model)
-    with (
-        examination.mending() as connection,
-        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
-    ):
-        connection.execute(f"SET lock_timeout = {_CONCURRENT_WAIT_MS}")
+    with _building(examination) as connection:
         # Serves indexes under a constraint too, which cannot be dropped; it leaves no copy where it succeeds.
         connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
     return f"{name} on {table} built again"
 
 
 def _build_vector_index(examination: Examination, table: Table, model: Model) -> str:
-    """Build it as a bulk load does at its end. Raises BusyError where a load or another builder runs."""
-    with (
-        examination.mending() as connection,
-        advisory_lock(connection, Purpose.BULK_LOAD, wait_s=0),
-        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
-    ):
-        ensure_vector_indexes(connection, model, [table])
+    """Build it as a bulk load does at its end. Raises BusyError, PermissionDeniedError."""
+    with _building(examination) as connection:
+        if not ensure_vector_indexes(connection, model, [table]):
+            raise PermissionDeniedError("this role may not build it, or another session holds the table for long")
     return f"{vector_index_name(table.name)} built"
 
 
 def _create(examination: Examination, index: Index) -> str:
-    with (
-        examination.mending() as connection,
-        advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0),
-    ):
-        connection.execute(f"SET lock_timeout = {_CONCURRENT_WAIT_MS}")
+    with _building(examination) as connection:
         connection.execute(_create_statement(index).encode())
     return f"{index.name} built"
 

@@ -128,7 +128,7 @@ def judge_durability(settings: Mapping[str, str]) -> Iterator[Found]:
 @check(
     "connections",
     Needs.SERVER,
-    "connections are left on the server, and no pool of a store ran out in the last day",
+    "connections are left on the server; of an open store also whether callers wait for one of its pool",
 )
 def connections(examination: Examination) -> Iterator[Found]:
     [(used, most, ours)] = examination.rows("""

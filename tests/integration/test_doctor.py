@@ -1,6 +1,7 @@
 """The doctor itself: it looks where no store can be opened, at everything, and stops at no fault."""
 
 import re
+import shutil
 from pathlib import Path
 
 import psycopg
@@ -81,6 +82,15 @@ def test_a_schema_that_is_not_ours_or_not_whole_is_a_finding(examine, sql, damag
     assert examine.one("schema").status == "ok"
     sql(damage)
     assert any(found.status == "fail" and told in found.evidence for found in examine("schema"))
+
+
+def test_migrations_with_two_heads_are_a_finding(examine, tmp_path, monkeypatch):
+    shutil.copytree(migrate.migrations_path(), tmp_path / "alembic")
+    second = "revision = 'x'\ndown_revision = '0004'\nbranch_labels = None\ndepends_on = None\n"
+    (tmp_path / "alembic" / "versions" / "x_second.py").write_text(second)
+    monkeypatch.setattr(migrate, "migrations_path", lambda: tmp_path / "alembic")
+    found = next(found for found in examine("schema") if found.status == "fail")
+    assert found.evidence.startswith("the migrations end in 0005, x;")
 
 
 def test_a_check_that_raises_is_a_finding_and_the_others_go_on(examine, monkeypatch):

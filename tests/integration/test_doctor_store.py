@@ -123,10 +123,28 @@ def test_a_vector_index_that_an_interrupted_bulk_load_left_out_is_built(examine,
 
 def test_an_index_that_another_builds_is_left_to_it(examine, sql, admin):
     sql("DROP INDEX chunks_source_id_idx")
-    sql("SELECT pg_advisory_lock(%s, %s)", LOCK_CLASS, int(Purpose.INDEX_BUILD))
-    found = examine.one("missing indexes", fix=True)
-    assert found.status == "fail"
-    assert f"not fixed: index_build is locked by process {admin.info.backend_pid}" in found.evidence
+    for purpose in (Purpose.INDEX_BUILD, Purpose.BULK_LOAD, Purpose.MAINTENANCE):
+        sql("SELECT pg_advisory_lock(%s, %s)", LOCK_CLASS, int(purpose))
+        found = examine.one("missing indexes", fix=True)
+        sql("SELECT pg_advisory_unlock_all()")
+        assert found.status == "fail"
+        assert f"not fixed: {purpose.name.lower()} is locked by process {admin.info.backend_pid}" in found.evidence
+    assert examine.one("missing indexes", fix=True).fixed
+
+
+def test_a_role_that_may_not_build_is_told_so(examine, sql, url_as):
+    sql("DROP INDEX chunks_vector_idx")
+    [(name,)] = sql("SELECT current_database()")
+    role = f"{name}_worker"
+    sql(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+    try:
+        sql(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO {role}")
+        found = Examiner(url_as(role, "pw")).one("vector indexes", fix=True)
+        assert (found.status, found.fixed) == ("fail", False)
+        assert "not fixed: this role may not build it" in found.evidence
+    finally:
+        sql(f"DROP OWNED BY {role}")
+        sql(f"DROP ROLE {role}")
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
