@@ -56,7 +56,6 @@ def maintain(
             if not plan.skip_cleanup:
                 _clean_up(run, deliver)
             if not plan.skip_index:
-                run.step("remove leftovers", cleanup.remove_leftovers)
                 run.step("build missing indexes", indexes.build_missing)
                 run.step("rebuild stale indexes", indexes.rebuild_stale)
             for table in () if plan.skip_compaction else compaction.VACUUMED_TABLES:
@@ -113,6 +112,8 @@ def _clean_up(run: Run, deliver: Callable[[], str] | None) -> None:
     run.step("retire metrics", cleanup.retire_metrics)
     run.step("retire run history", cleanup.retire_runs)
     run.step("retire cached vectors", cleanup.retire_vectors)
+    run.step("retire previous tables", cleanup.retire_previous_tables)
+    run.step("remove leftovers", cleanup.remove_leftovers)
 
 
 def _tidy(run: Run) -> None:

@@ -1,6 +1,7 @@
 """What is past its time: rows of the write log, metrics, records of runs, cached vectors, remains of failed work."""
 
 from .. import vector_cache
+from ..rebuild_runs import clear_remains, previous_tables, retire_previous, unfinished_rebuild
 from ..vector_index import drop_leftovers, leftovers
 from .run import Run, Skipped
 
@@ -56,11 +57,32 @@ def retire_vectors(run: Run) -> str:
     return f"removed {removed} cached vectors beyond {run.settings.vector_cache_mb:g} MB"
 
 
-def remove_leftovers(run: Run) -> str:
-    """Drop what interrupted rebuilds of indexes left; they take space and slow every write."""
-    names = leftovers(run.connection)
-    if not names:
-        raise Skipped("no interrupted build left anything")
+def retire_previous_tables(run: Run) -> str:
+    """Drop the tables that a rebuild replaced, once nobody will roll back to them."""
+    previous = previous_tables(run.connection)
+    if previous is None:
+        raise Skipped("no rebuild left tables to roll back to")
+    days = run.settings.keep_previous_days
+    if previous.age_s < days * 86_400:
+        raise Skipped(f"the previous tables are kept for {days:g} days")
     if run.plan.dry_run:
-        raise Skipped(f"dry run: would drop {', '.join(names)}")
-    return f"dropped {', '.join(drop_leftovers(run.connection))}"
+        raise Skipped(f"dry run: would drop the previous tables, {previous.bytes / 1024**2:.0f} MB")
+    freed = retire_previous(run.connection, days * 86_400)
+    run.bytes_removed += freed
+    return f"dropped the previous tables, {freed / 1024**2:.0f} MB"
+
+
+def remove_leftovers(run: Run) -> str:
+    """Drop what interrupted builds of indexes and rebuilds of tables left; invalid indexes slow every write."""
+    names, rebuild = leftovers(run.connection), unfinished_rebuild(run.connection)
+    found = [*names, *(["the tables of an unfinished rebuild"] if rebuild else [])]
+    if not found:
+        raise Skipped("nothing interrupted left anything")
+    if run.plan.dry_run:
+        raise Skipped(f"dry run: would drop {', '.join(found)}")
+    if names:
+        drop_leftovers(run.connection)
+    if rebuild:
+        run.bytes_removed += rebuild.shadow_bytes
+        clear_remains(run.connection)
+    return f"dropped {', '.join(found)}"

@@ -8,7 +8,9 @@ import pytest
 
 import db
 from db import BusyError, ClosedError, MaintenanceIncomplete, ValidationError
+from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
+from db.rebuild import RebuildPlan, rebuild
 
 VECTOR = [1.0, *[0.0] * 7]
 
@@ -286,9 +288,10 @@ def test_it_does_not_run_inside_a_callers_transaction(store):
 
 
 @pytest.fixture
-def due(store, sql):
+def due(database_url, sql):
     """What makes maintenance due at close: the store's model is there for a week, and nothing ever ran."""
-    store.batch_upsert(vectors(1))
+    with db.connect(database_url, False) as first:  # closed again: its background work would make the database busy
+        first.batch_upsert(vectors(1))
     sql("UPDATE embedding_models SET created_at = now() - interval '7 days'")
 
 
@@ -362,3 +365,21 @@ def test_closing_while_another_maintains_closes_and_says_so(store, admin):
     with pytest.raises(MaintenanceIncomplete, match="maintenance is locked by"):
         store.close(maintain=True)
     assert store.pool.closed
+
+
+# -- what a rebuild leaves -------------------------------------------------------------------------------------
+
+
+def test_the_tables_that_a_rebuild_replaced_are_kept_for_a_while_and_then_dropped(store, database_url, sql):
+    store.batch_upsert(vectors(5))
+    rebuild(Settings.load({"database_url": database_url}), RebuildPlan())
+    assert details(store.maintain(), "retire previous tables") == "the previous tables are kept for 7 days"
+    with db.connect(database_url, False, keep_previous_days=0) as other:
+        told = details(other.maintain(dry_run=True), "retire previous tables")
+        assert told.startswith("dry run: would drop the previous tables")
+        result = other.maintain()
+        assert details(result, "retire previous tables").startswith("dropped the previous tables")
+        assert result.bytes_removed > 0
+        assert outcomes(other.maintain())["retire previous tables"] == "skipped"
+    assert sql("SELECT count(*) FROM pg_tables WHERE tablename = 'embeddings'") == [(1,)]
+    assert sql("SELECT count(*) FROM embeddings") == [(5,)]

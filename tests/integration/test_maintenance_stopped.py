@@ -95,9 +95,9 @@ def test_what_a_killed_rebuild_left_is_dropped_by_the_next_run(stale, held, sql,
     thread.join(15)
     assert isinstance(results[0], db.UnavailableError)
     [(left,)] = sql(INVALID)
-    dry = stale.maintain(skip_cleanup=True, dry_run=True)
+    dry = stale.maintain(skip_index=True, dry_run=True)
     assert [s.details for s in dry.steps if s.name == "remove leftovers"] == [f"dry run: would drop {left}"]
-    result = stale.maintain(skip_cleanup=True)
+    result = stale.maintain(skip_index=True)
     assert [s.details for s in result.steps if s.name == "remove leftovers"] == [f"dropped {left}"]
     assert sql(INVALID) == []
 
