@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,17 @@ def main(way: str, dimensions: int, rows: int) -> None:
     logger.setLevel(logging.INFO)
     embedder = KnownVectors(SyntheticVectors(dimensions))
     with open_store(url, embedder, embedder) as store:
-        before_kb = _status_kb("VmRSS")
-        _reset_peak()
-        _WORK[way](store, url, rows)
-        peak_kb = _status_kb("VmHWM")
-    grown = {"grown_mb": round((peak_kb - before_kb) / 1024, 1), "before_mb": round(before_kb / 1024, 1)}
-    print(json.dumps({**grown, "progress_events": events.count}))
+        before_mb, grown_mb = growth_mb(lambda: _WORK[way](store, url, rows))
+    measured = {"grown_mb": grown_mb, "before_mb": before_mb, "progress_events": events.count}
+    print(json.dumps(measured))
+
+
+def growth_mb(work: Callable[[], None]) -> tuple[float, float]:
+    """What this process has resident before `work`, and by how much it grew at most meanwhile."""
+    before_kb = _status_kb("VmRSS")
+    _reset_peak()
+    work()
+    return round(before_kb / 1024, 1), round((_status_kb("VmHWM") - before_kb) / 1024, 1)
 
 
 def _reset_peak() -> None:

@@ -145,9 +145,15 @@ def test_another_database_of_the_same_server(server, expected):
     assert database_url(server, "scratch") == expected
 
 
+def test_texts_are_distinct_however_few_pieces_there_are(monkeypatch):
+    monkeypatch.setattr(rows, "corpus", lambda: ("one", "two", "three"))
+    assert len({rows.text_of(number, revision) for number in range(100) for revision in (0, 1)}) == 200
+
+
 def test_the_peak_of_memory_is_seen_after_it_is_over():
-    before_kb = memory._status_kb("VmRSS")
-    memory._reset_peak()
-    taken = b"x" * (64 * 1024**2)
-    del taken
-    assert memory._status_kb("VmHWM") - before_kb > 60 * 1024
+    def take_and_give_back():
+        b"x" * (64 * 1024**2)
+
+    before_mb, grown_mb = memory.growth_mb(take_and_give_back)
+    assert before_mb > 10
+    assert 60 < grown_mb < 80
