@@ -177,9 +177,12 @@ class Facts:
 
     @property
     def changes_since_build(self) -> int | None:
-        """None also where the counter is lower than it was: a crash or a reset began it anew."""
-        then, now = self.built.changes if self.built else None, self.server.changes
-        return now - then if then is not None and now is not None and now >= then else None
+        """None also where the counter is lower than it must have been: a crash or a reset began it anew."""
+        if self.built is None or self.built.changes is None or self.server.changes is None:
+            return None
+        # Sessions tell what they wrote some seconds later: the rows that were built over were written before.
+        changes = self.server.changes - max(self.built.changes, self.built.rows)
+        return changes if changes >= 0 else None
 
     @property
     def hit_rate(self) -> float | None:

@@ -61,8 +61,8 @@ def _why_due(connection: Connection[Any], model: Model, level: Level, settings: 
     if last.target != settings.target_recall:
         return f"the target is {settings.target_recall:g} now, and was {last.target:g}"
     changed = abs(rows - last.rows)
-    if changes is not None and last.changes is not None and changes >= last.changes:
-        changed = max(changed, changes - last.changes)
+    if changes is not None and last.changes is not None:
+        changed = max(changed, changes - max(last.changes, last.rows))  # what sessions told late is no change
     share = changed / max(1, last.rows)
     return f"{share:.0%} of the rows have changed since it was measured" if share > CHANGED_SHARE else ""
 
