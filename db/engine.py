@@ -29,7 +29,8 @@ logger = logging.getLogger("vectorkeep")
 # A life of the store: what a snapshot, and an answer computed in it, mean anything in. After a promotion the
 # timeline differs (the control file's lags). After a crash ids of aborted transactions are used again:
 # statistics are reset then. After a restore of a cold copy the server was started anew. A restore in place
-# makes other tables, and their primary keys only once they are filled. Roles and row security see other rows.
+# makes other tables, and their primary keys only once they are filled. Roles and row security see other rows, and so
+# does the same role when policies or its workspaces change: `vectorkeep_scope` tells, where any policy applies.
 # Functions only, no views or subqueries: this is planned anew with every cached answer that is checked.
 LIFE = sql.SQL("""
     json_build_array(
@@ -40,19 +41,26 @@ LIFE = sql.SQL("""
         row_security_active(to_regclass('write_log')::oid),
         row_security_active(to_regclass('embeddings')::oid), row_security_active(to_regclass('chunks')::oid),
         has_table_privilege(to_regclass('embeddings'), 'SELECT'),
-        has_table_privilege(to_regclass('chunks'), 'SELECT'))::text
+        has_table_privilege(to_regclass('chunks'), 'SELECT'),
+        CASE WHEN row_security_active(to_regclass('embeddings')::oid)
+               OR row_security_active(to_regclass('chunks')::oid) THEN vectorkeep_scope() END)::text
 """)
 
-# An answer can be kept where the log that ends its validity can be read, all of it, and nothing is half restored.
+# An answer can be kept where the log that ends its validity can be read, all of it, or asked by the function that
+# tenants have for it, and nothing is half restored.
 _IDENTITY = sql.SQL("""
     SELECT system_identifier || '-' || (SELECT oid FROM pg_database WHERE datname = current_database()),
            {life},
-           NOT pg_is_in_recovery()
-           AND coalesce(has_table_privilege(to_regclass('write_log'), 'SELECT'), false)
-           AND coalesce(has_table_privilege(to_regclass('write_log_watermark'), 'SELECT'), false)
-           AND NOT row_security_active(to_regclass('write_log')::oid)
-           AND num_nulls(to_regclass('embeddings_pkey'), to_regclass('chunks_pkey')) = 0
-    FROM pg_control_system()
+           NOT pg_is_in_recovery() AND (reads_log OR asks_log)
+           AND num_nulls(to_regclass('embeddings_pkey'), to_regclass('chunks_pkey')) = 0,
+           reads_log
+    FROM pg_control_system(), LATERAL (
+        SELECT coalesce(has_table_privilege(to_regclass('write_log'), 'SELECT'), false)
+               AND coalesce(has_table_privilege(to_regclass('write_log_watermark'), 'SELECT'), false)
+               AND NOT row_security_active(to_regclass('write_log')::oid) AS reads_log,
+               coalesce(has_function_privilege(
+                   to_regprocedure('vectorkeep_still_true(pg_snapshot, text[])'), 'EXECUTE'), false) AS asks_log
+    ) AS may
 """).format(life=LIFE)
 
 
@@ -62,12 +70,13 @@ class Identity:
 
     store: names the database among all databases. life: changes with a restart, a promotion, a restore, the
     role and what it may see. cacheable: answers from here may be kept; not those of a standby, nor where
-    this role cannot read the whole write log.
+    this role can neither read the whole write log (reads_log) nor ask the function that does it for tenants.
     """
 
     store: str
     life: str
     cacheable: bool
+    reads_log: bool
 
 
 # What works in the background does not queue for long for a connection that callers want, or that is not to be had.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OnWait = Callable[[str], None]
 
 # The newest revision. Known without loading any: every opening of a store compares with it.
-_HEAD = "0005"
+_HEAD = "0006"
 
 _CURRENT = "SELECT version_num FROM alembic_version"
 

@@ -41,7 +41,16 @@ class XID8(UserDefinedType[str]):
         return "xid8"
 
 
-ischema_names["xid8"] = XID8
+class Name(UserDefinedType[str]):
+    """An identifier of PostgreSQL's own, such as a role."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "name"
+
+
+ischema_names |= {"xid8": XID8, "name": Name}
 
 
 class Base(DeclarativeBase):
@@ -280,6 +289,15 @@ class RebuildRun(Base):
     details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sql("'{}'::jsonb"))
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class TenantWorkspace(Base):
+    """A workspace that the login role `role` may see and change, where row-level security is on (see `db.roles`)."""
+
+    __tablename__ = "tenant_workspaces"
+
+    role: Mapped[str] = mapped_column(Name, primary_key=True)
+    workspace: Mapped[str] = mapped_column(Text, primary_key=True)
 
 
 def vector_index_name(table: str) -> str:

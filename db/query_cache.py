@@ -57,6 +57,14 @@ _STILL_TRUE = (
     .encode()
 )
 
+# For tenants, who may not read the log.
+_STILL_TRUE_ASKED = (
+    sql.SQL("SELECT {life}, vectorkeep_still_true(%(snapshot)s::pg_snapshot, %(tags)s)")
+    .format(life=LIFE)
+    .as_string()
+    .encode()
+)
+
 # What a process delivered it marks within some seconds: only what is older was left by one that could not.
 _UNDELIVERED = """
     SELECT id, tags FROM write_log
@@ -126,8 +134,9 @@ class QueryCache:
         if value is None:
             return None, slot
         parameters = {"snapshot": value["snapshot"], "tags": [key.tag, EVERYTHING]}
+        statement = _STILL_TRUE if connection.identity.reads_log else _STILL_TRUE_ASKED
         try:
-            [(life, still_true)] = connection.execute(_STILL_TRUE, parameters).fetchall()
+            [(life, still_true)] = connection.execute(statement, parameters).fetchall()
         except pg.InsufficientPrivilege:  # revoked since this connection was opened
             life, still_true = None, False
         if life != connection.identity.life:

@@ -49,10 +49,10 @@ def test_up_down_up_makes_the_same_schema(empty_database_url, empty):
 def test_each_downgrade_restores_the_shape_before(empty_database_url, empty):
     upgrade(empty_database_url, "0001")
     shapes = [empty.execute(SHAPE).fetchall()]
-    for revision in ("0002", "0003", "0004", "0005"):
+    for revision in ("0002", "0003", "0004", "0005", "0006"):
         upgrade(empty_database_url, revision)
         shapes.append(empty.execute(SHAPE).fetchall())
-    for revision, shape in zip(("0004", "0003", "0002", "0001"), reversed(shapes[:-1]), strict=True):
+    for revision, shape in zip(("0005", "0004", "0003", "0002", "0001"), reversed(shapes[:-1]), strict=True):
         downgrade(empty_database_url, revision)
         assert empty.execute(SHAPE).fetchall() == shape
 
@@ -143,7 +143,7 @@ def test_downgrade_to_base_with_rows_is_refused_and_changes_nothing(database_url
         assert connection.execute("SELECT count(*) FROM embeddings").fetchone() == (2,)
 
 
-@pytest.mark.parametrize("revision", ["base", "-5"])
+@pytest.mark.parametrize("revision", ["base", "-6"])
 def test_downgrade_drops_rows_when_told_so(database_url, revision):
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("INSERT INTO embeddings (id, text) VALUES ('a', 'x')")
