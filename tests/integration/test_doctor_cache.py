@@ -82,6 +82,17 @@ def test_a_cached_answer_that_differs_from_the_database_is_told_and_removed(exam
     assert not store.search(QUERY, 3, exact=exact, where={"$not": {"n": 1}}).cached
 
 
+def test_an_answer_of_the_index_is_compared_row_by_row(database_url, redis_url, client, store, sql):
+    store.batch_upsert({"id": f"d{n}", "text": "t", "embedding": [1.0, n, n % 7, *[0.0] * 5]} for n in range(1500))
+    sql("ANALYZE embeddings")
+    examine = Examiner(database_url, redis_url)
+    assert not store.search(QUERY, 5).exact
+    sql("REINDEX INDEX embeddings_vector_idx")  # another graph may find others
+    assert examine.one("cached answers").evidence == "1 cached answers compared with the database"
+    tamper(client, text="forged")
+    assert examine.mends("cached answers").status == "fail"
+
+
 def test_answers_that_would_not_be_served_are_not_compared(examine, client, store):
     store.search(QUERY, 3)
     tamper(client, text="forged")

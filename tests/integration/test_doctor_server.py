@@ -48,6 +48,13 @@ def test_sessions_of_others_are_never_ended(examine, database_url):
         assert stranger.execute("SELECT 1").fetchone() == (1,)
 
 
+def test_a_session_of_ours_outside_a_transaction_is_none(examine, database_url):
+    with psycopg.connect(database_url, application_name="vectorkeep", autocommit=True) as resting:
+        resting.execute("SELECT 1")
+        assert examine.one("idle transactions", fix=True, idle_transaction_s=0.0001).status == "ok"
+        assert resting.execute("SELECT 1").fetchone() == (1,)
+
+
 def test_idle_transactions_are_mended(examine, database_url):
     idle = psycopg.connect(database_url, **OURS)
     idle.execute("SELECT 1")

@@ -108,6 +108,17 @@ def test_a_missing_key_is_told_with_the_sql_that_makes_it(examine, sql):
     assert examine.one("missing indexes").status == "ok"
 
 
+def test_a_key_of_the_tables_that_a_rebuild_replaced_is_not_taken_for_it(examine, sql):
+    sql("CREATE SCHEMA vectorkeep_previous")
+    sql("CREATE TABLE vectorkeep_previous.chunks (LIKE public.chunks INCLUDING ALL)")
+    for name in ("chunks_document_id_chunk_index_key", "chunks_document_id_fkey"):
+        sql(f"ALTER TABLE public.chunks DROP CONSTRAINT {name}")
+        sql(f"ALTER TABLE vectorkeep_previous.chunks DROP CONSTRAINT IF EXISTS {name}")
+        sql(f"ALTER TABLE vectorkeep_previous.chunks ADD CONSTRAINT {name} CHECK (true)")
+    assert examine.one("missing indexes").status == "fail"
+    assert examine.statuses()["constraints"] == "fail"
+
+
 def test_a_vector_index_that_an_interrupted_bulk_load_left_out_is_built(examine, sql, database_url):
     sql("DROP INDEX embeddings_vector_idx")
     with psycopg.connect(database_url, autocommit=True) as loader:
