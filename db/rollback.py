@@ -31,8 +31,12 @@ from .swap import PREVIOUS, Exchange, exchange
 from .types import StepProgress
 
 _LAST_WRITE = "SELECT coalesce(max(id), 0) FROM write_log"
-# The sequence knows also of writes whose rows in the log are pruned.
-_LOGGED = "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('write_log', 'id')::regclass), 0)"
+# As long as the swap's own row is there, none after it is pruned; then the sequence knows how many there were at most.
+_LOGGED = """
+    SELECT CASE WHEN EXISTS (SELECT FROM write_log WHERE id = %(swap)s)
+                THEN (SELECT count(*) FROM write_log WHERE id > %(swap)s)
+                ELSE pg_sequence_last_value(pg_get_serial_sequence('write_log', 'id')::regclass) - %(swap)s END
+"""
 _WRITTEN_SINCE = """
     SELECT (SELECT count(*) FROM embeddings WHERE updated_at > %(since)s),
            (SELECT count(*) FROM chunks WHERE created_at > %(since)s)
@@ -78,9 +82,8 @@ class RollbackResult:
 def changes_since_swap(connection: Connection[Any], previous: PreviousTables) -> Changes:
     """What a rollback to `previous` would lose."""
     [(documents, chunks)] = connection.execute(_WRITTEN_SINCE, {"since": previous.swapped_at}).fetchall()
-    [(logged,)] = connection.execute(_LOGGED).fetchall()
+    [(writes,)] = connection.execute(_LOGGED, {"swap": int(previous.details["log_id"])}).fetchall()
     more = {table: count_kept(connection, table, []) - int(previous.details[table]) for table in TABLES}
-    writes = max(0, logged - int(previous.details["log_id"]))
     return Changes(writes, documents, chunks, more["embeddings"], more["chunks"])
 
 

@@ -16,7 +16,7 @@ from psycopg import errors as pg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.sql import SQL, Identifier
 
-from . import table_dress
+from . import faults, table_dress
 from .embedding_model import Model
 from .engine import Database
 from .errors import PermissionDeniedError, SchemaError
@@ -169,6 +169,7 @@ def build_indexes(connection: Connection[Any], home: str, model: Model | None) -
             count = SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL").format(in_shadow(table.name))
             [(rows,)] = connection.execute(count).fetchall()
             build_unused_index(connection, table, model, rows)
+        faults.point(f"rebuild.indexed_{table.name}")
 
 
 def add_foreign_keys(connection: Connection[Any], home: str) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from psycopg import Connection
 from psycopg.sql import SQL, Composed, Identifier
 
-from . import vectors
+from . import faults, vectors
 from .documents import PreparedChunk, canonical_metadata, chunks_hash, text_hash, vector_hash
 from .embedding import TextEmbedder
 from .errors import ValidationError
@@ -82,6 +82,7 @@ def _in_batches(
         [(count, after)] = connection.execute(statement, values).fetchall()
         copied += int(count)
         on_copied(table, copied)
+        faults.point(f"rebuild.copied_{table}")
         if count < _COPIED_AT_ONCE:
             return copied
 
