@@ -132,14 +132,15 @@ def test_it_refuses_while_a_store_is_open_and_names_its_session(settings, databa
 
 
 @pytest.mark.parametrize("use", ["lock", "table"])
-def test_it_refuses_while_a_session_by_another_name_is_at_it(settings, database_url, use):
+def test_it_refuses_while_a_session_by_another_name_is_at_it(settings, database_url, sql, use):
     with psycopg.connect(database_url, application_name="report") as other:
         if use == "lock":
             other.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCK_CLASS, int(Purpose.WRITERS)))
         else:
             other.execute("SELECT count(*) FROM chunks")
-        with pytest.raises(db.BusyError, match="report"):
+        with pytest.raises(db.BusyError, match=f"1 sessions work in .*process {other.info.backend_pid} .report"):
             reset(settings)
+        assert sql("SELECT count(*) FROM embeddings") == [(0,)]
 
 
 def test_a_stranger_in_the_same_database_is_not_in_the_way(settings, database_url):
