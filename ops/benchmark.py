@@ -23,8 +23,8 @@ _HOW = (
     "Both sides write the same rows, all columns of them, to the same table with the same indexes on the same server; "
     "that the rows are equal is checked.",
     "By hand is what a competent engineer writes with psycopg and pgvector: binary COPY with set_types and write_row, "
-    "all rows in one transaction, the hashes of each row computed as part of the work; staged SQL is that COPY into a "
-    "temporary table and INSERT … SELECT … ON CONFLICT DO UPDATE. 'No hashes' leaves them out.",
+    "1,000 rows a transaction as batch_upsert writes them, the hashes of each row computed as part of the work; staged "
+    "SQL is that COPY into a temporary table and INSERT … SELECT … ON CONFLICT DO UPDATE. 'No hashes' leaves them out.",
     "Each figure is the median of the rounds, each ratio the median of the rounds' own ratios (lowest–highest in "
     "brackets); the sides take turns in alternating order, each after VACUUM (ANALYZE), {checkpoint} and Python's "
     "garbage collection. Autovacuum is off on the scratch tables: it would hit one side only.",

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from psycopg import errors as pg
 from psycopg.types.json import Jsonb
 
 import db
+
+# As many rows a transaction as `batch_upsert` writes: what is committed is safe, on both sides after as many rows.
+BATCH_SIZE = 1000
 
 _TYPES = {
     "id": "text",
@@ -70,17 +74,19 @@ class Handwritten:
     connection: Connection[Any]
     model_id: str
 
-    def copy(self, documents: Iterable[db.Document], *, hashed: bool = True) -> None:
-        """Binary COPY straight into the table, all rows in one transaction."""
-        with self.connection.transaction(), self.connection.cursor() as cursor:
-            self._copy(cursor, "embeddings", documents, hashed=hashed)
+    def copy(self, documents: Iterable[db.Document], *, hashed: bool = True, batch_size: int = BATCH_SIZE) -> None:
+        """Binary COPY straight into the table, `batch_size` rows a transaction."""
+        for batch in _batches(documents, batch_size):
+            with self.connection.transaction(), self.connection.cursor() as cursor:
+                self._copy(cursor, "embeddings", batch, hashed=hashed)
 
-    def upsert(self, documents: Iterable[db.Document], *, hashed: bool = True) -> None:
-        """Binary COPY into a temporary table, then one INSERT … ON CONFLICT DO UPDATE, in one transaction."""
-        with self.connection.transaction(), self.connection.cursor() as cursor:
-            cursor.execute(_STAGE)
-            self._copy(cursor, "staged", documents, hashed=hashed)
-            cursor.execute(_MERGE)
+    def upsert(self, documents: Iterable[db.Document], *, hashed: bool = True, batch_size: int = BATCH_SIZE) -> None:
+        """Binary COPY into a temporary table, then one INSERT … ON CONFLICT DO UPDATE, `batch_size` rows a time."""
+        for batch in _batches(documents, batch_size):
+            with self.connection.transaction(), self.connection.cursor() as cursor:
+                cursor.execute(_STAGE)
+                self._copy(cursor, "staged", batch, hashed=hashed)
+                cursor.execute(_MERGE)
 
     def build_index(self, dimensions: int, memory_mb: int) -> None:
         """CREATE INDEX, in parallel where the server can; in the given memory, or in the server's if that is more."""
@@ -134,6 +140,12 @@ def connect(url: str) -> Connection[Any]:
     connection = psycopg.connect(url, autocommit=True, application_name="vectorkeep benchmark, by hand")
     register_vector(connection)
     return connection
+
+
+def _batches(documents: Iterable[db.Document], size: int) -> Iterator[list[db.Document]]:
+    waiting = iter(documents)
+    while batch := list(islice(waiting, size)):
+        yield batch
 
 
 def _beginning(document: db.Document) -> tuple[Any, ...]:

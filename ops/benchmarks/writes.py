@@ -12,6 +12,7 @@ from .timing import Side
 OURS = "batch_upsert"
 COPY = "COPY by hand"
 STAGED = "staged SQL by hand"
+COPY_ONCE = "COPY by hand, all rows in one transaction"
 COPY_UNHASHED = "COPY by hand, no hashes"
 STAGED_UNHASHED = "staged SQL by hand, no hashes"
 COPY_AND_INDEX = "COPY + CREATE INDEX by hand"
@@ -40,13 +41,14 @@ def _first_load(run: Run, vectors: Vectors, rows: int) -> None:
             {
                 OURS: lambda _round: upsert(store, given, bulk=False),
                 COPY: lambda _round: database.by_hand.copy(given),
+                COPY_ONCE: lambda _round: database.by_hand.copy(given, batch_size=rows),
                 COPY_UNHASHED: lambda _round: database.by_hand.copy(given, hashed=False),
             },
             prepare=lambda _side: database.truncate(),
-            equal=(OURS, COPY),
+            equal=(OURS, COPY, COPY_ONCE),
         )
     measured = f"first load, no vector index, {size(rows, vectors)}"
-    for other, target in ((COPY, FIRST_LOAD_TARGET), (COPY_UNHASHED, None)):
+    for other, target in ((COPY, FIRST_LOAD_TARGET), (COPY_ONCE, None), (COPY_UNHASHED, None)):
         run.add(rate_figure("first-load", measured, times, rows, side=OURS, other=other, target=target))
 
 
