@@ -18,7 +18,7 @@ LOG_EVERY = 50_000
 # A batch is closed by the input with which its texts reach this many characters.
 MAX_BATCH_CHARACTERS = 16 * 2**20
 # Ids of a call that are remembered. One that comes again beyond so many others counts as an update.
-_REMEMBERED = 100_000
+_REMEMBERED = 50_000
 
 
 class Tally:
