@@ -8,9 +8,9 @@ was; the replaced tables are kept, and `roll_back` exchanges them once more.
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -20,14 +20,14 @@ from psycopg.sql import SQL, Identifier
 from . import faults
 from .config import Settings
 from .embedding import TextEmbedder
-from .embedding_model import Model
 from .engine import Database
-from .errors import SchemaError, ValidationError, translated
+from .errors import ValidationError, translated
 from .ingestion import Ingestion
 from .locks import Purpose, advisory_lock
 from .migration_session import BlockerWatch
 from .opening import OpenParts
 from .pause import MAX_TTL_S
+from .rebuild_plan import Items, RebuildPlan, RebuildResult, target_model
 from .rebuild_runs import FAILED, SWAPPED, advance_run, begin_run, clear_remains_locked, end_run, model_to
 from .registry import StoreModel
 from .shadow import (
@@ -47,11 +47,9 @@ from .shadow_checks import Side, measured_recall, neighbour_overlap
 from .shadow_fill import Revectoring, carry_over, copy_rows, count_kept, warm_vector_cache
 from .swap import PREVIOUS, Exchange, exchange
 from .tally import Tally
-from .types import Embedder, Item, StepProgress
+from .types import Embedder, Item
 
 logger = logging.getLogger("vectorkeep")
-
-Items = Iterable[Item | Mapping[str, Any]]
 
 # Recall may be this much lower than the live store's: a sample does not tell closer.
 _RECALL_SLACK = 0.05
@@ -63,45 +61,6 @@ _RECORD_COLUMNS = """
     SELECT attname FROM pg_attribute
     WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped AND attidentity = ''
 """
-
-
-@dataclass(frozen=True, slots=True)
-class RebuildPlan:
-    """What to make the tables from.
-
-    sources: a source's id, and what gives all its items anew; the rows of sources not named come from the store.
-    new_model: whether the vectors of all texts are made anew, by the embedder. min_overlap: the share of nearest
-    neighbours that the new model must have in common with the old one. min_recall: what the new indexes must find;
-    None: hardly less than the old ones. swap_wait_s: how long to wait for the tables at the end.
-    """
-
-    sources: Mapping[str, Callable[[], Items]] = field(default_factory=dict)
-    new_model: bool = False
-    min_overlap: float = 0.0
-    min_recall: float | None = None
-    swap_wait_s: float = 60.0
-    on_progress: StepProgress | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RebuildResult:
-    """What was done. Recall and overlap are shares, None where there was nothing to measure."""
-
-    documents: int
-    chunks: int
-    copied: int  # documents whose rows came from the store
-    ingested: int  # documents that came from sources
-    embedded: int  # texts sent to the embedder
-    cache_hits: int
-    model_id: str | None
-    dimensions: int | None
-    recall: float | None
-    recall_before: float | None
-    overlap: float | None
-    paused_s: float
-    swap_ms: float
-    duration_ms: float
-    details: list[str]
 
 
 def rebuild(settings: Settings, plan: RebuildPlan, embedder: Embedder | None = None) -> RebuildResult:
@@ -252,11 +211,11 @@ class _Rebuild:
         if self.model is None:
             return
         new = Side(connection, self.model, self.model.ef_search_of(settings))
-        after = self.figures["recall"] = measured_recall(new)
+        after = self.figures["recall"] = measured_recall(new, settings.target_recall)
         before = None
         if self.live_model is not None:
             old = Side(self.lead, self.live_model, self.live_model.ef_search_of(settings))
-            before = self.figures["recall_before"] = measured_recall(old)
+            before = self.figures["recall_before"] = measured_recall(old, settings.target_recall)
             if self.plan.new_model:
                 self._check_overlap(neighbour_overlap(old, new))
         least = (before or 0) - _RECALL_SLACK if self.plan.min_recall is None else self.plan.min_recall
@@ -333,23 +292,6 @@ class _Rebuild:
             duration_ms=(time.monotonic() - self.started) * 1000,
             details=self.details,
         )
-
-
-def target_model(live: Model | None, plan: RebuildPlan, embedder: Embedder | None, settings: Settings) -> Model | None:
-    """The model of the new tables. Raises ValidationError, SchemaError where the embedder is missing or another's."""
-    if embedder is None:
-        if plan.new_model or plan.sources:
-            raise ValidationError("an embedder is needed to embed texts; give one")
-        return live
-    wanted = Model(embedder.model_id, embedder.dimensions, live.distance if live else settings.distance)
-    if wanted == live:
-        return live  # with what searches were tuned to
-    if not plan.new_model and live is not None:
-        raise SchemaError(
-            f"the embedder is {wanted.model_id!r} of {wanted.dimensions} dimensions, the store's model is "
-            f"{live.model_id!r} of {live.dimensions}; to move the store to it run 'vectorkeep rebuild --model'"
-        )
-    return wanted
 
 
 def _model_in(shadow: Database) -> StoreModel:

@@ -14,7 +14,7 @@ from .documents import as_item, text_hash
 from .embedding_model import Model
 from .errors import translated
 from .opening import OpenParts
-from .rebuild import RebuildPlan, target_model
+from .rebuild_plan import RebuildPlan, target_model
 from .rebuild_runs import require_previous
 from .rollback import Changes, changes_since_swap
 from .shadow import TABLES, home_of, size_of

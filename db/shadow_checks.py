@@ -1,6 +1,7 @@
 """Whether a filled shadow may take the live store's place: its recall, and how many neighbours are the same."""
 
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ from psycopg.sql import SQL, Identifier
 
 from . import vectors
 from .embedding_model import Model
+from .errors import ValidationError
 from .filters import Filter
+from .recall import RecallRequest, measure_recall
 from .search import Query, Searcher
 from .types import Level
 
 _K = 10
 _SAMPLE = 100
-# Distances within the rounding of float32 are equal.
-_ROUNDING = 1e-6
+_DEADLINE_S = 120.0
+_LEVELS: tuple[Level, ...] = ("documents", "chunks")
 
 _SAMPLED = """
     SELECT id, vector_send(embedding) FROM {} WHERE embedding IS NOT NULL AND vector_dims(embedding) = %s
@@ -34,29 +37,15 @@ class Side:
     ef_search: int
 
 
-def measured_recall(side: Side) -> float | None:
-    """Recall@10 of the side's searches for a sample of its own rows; None where there is nothing to search.
-
-    Ties count, rows do not count as answers to themselves. The worse of the two levels.
-    """
-    measured = [recall for level in ("documents", "chunks") if (recall := _recall(side, level)) is not None]
+def measured_recall(side: Side, target: float) -> float | None:
+    """Recall@10 of the side's searches, the worse of the two levels; None where there is nothing to search."""
+    measured = []
+    for level in _LEVELS:
+        if _sample(side, level):
+            request = RecallRequest(side.ef_search, target, k=_K, sample=_SAMPLE, level=level, deadline_s=_DEADLINE_S)
+            with suppress(ValidationError):  # of a single row there are no neighbours
+                measured.append(measure_recall(side.connection, Searcher(), side.model, request).recall)
     return min(measured, default=None)
-
-
-def _recall(side: Side, level: Level) -> float | None:
-    found = possible = 0
-    searcher = Searcher()
-    for id_, vector in _sample(side, level).items():
-        query = Query(vector, _K + 1, level, Filter(), side.ef_search, False)
-        # The statement of an exact search is one that no vector index can serve.
-        exact = [hit for hit in _search(searcher, side, replace(query, exact=True)) if hit.id != id_][:_K]
-        if not exact:
-            continue
-        reach = exact[-1].distance + _ROUNDING * max(1.0, abs(exact[-1].distance))
-        indexed = [hit for hit in _search(searcher, side, query) if hit.id != id_]
-        found += min(len(exact), sum(hit.distance <= reach for hit in indexed))
-        possible += len(exact)
-    return found / possible if possible else None
 
 
 def neighbour_overlap(old: Side, new: Side) -> float | None:

@@ -13,9 +13,9 @@ import typer
 import db
 from db.config import Settings
 from db.embedder import configured_embedder, embedder_by_name
-from db.rebuild import RebuildPlan
 from db.rebuild import rebuild as rebuild_store
 from db.rebuild_forecast import forecast, forecast_rollback
+from db.rebuild_plan import RebuildPlan
 from db.rollback import roll_back
 
 from .command import Cli

@@ -14,7 +14,8 @@ import db
 from db.config import Settings
 from db.migrate import alembic_config
 from db.pause import current_pause
-from db.rebuild import RebuildPlan, rebuild
+from db.rebuild import rebuild
+from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import clear_remains, previous_tables, unfinished_rebuild
 from db.rollback import roll_back
 from tests.acceptance.conftest import ROOT, command, environment

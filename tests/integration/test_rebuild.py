@@ -9,8 +9,9 @@ import db
 from db.config import Settings
 from db.migrate import alembic_config
 from db.pause import current_pause
-from db.rebuild import RebuildPlan, rebuild
+from db.rebuild import rebuild
 from db.rebuild_forecast import forecast
+from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import previous_tables, retire_previous, unfinished_rebuild
 from tests.integration.counting import Counting, items
 

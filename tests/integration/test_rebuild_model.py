@@ -10,8 +10,9 @@ import db
 from db import vectors
 from db.config import Settings
 from db.migrate import alembic_config
-from db.rebuild import RebuildPlan, rebuild
+from db.rebuild import rebuild
 from db.rebuild_forecast import forecast_rollback
+from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import unfinished_rebuild
 from db.rollback import roll_back
 from tests.integration.counting import Counting, items, vector_of
@@ -169,7 +170,7 @@ def test_recall_is_a_gate(filled, settings, sql, monkeypatch):
     with pytest.raises(db.ValidationError, match=r"find 1\.000 of the nearest rows, expected at least 1\.010"):
         rebuild(settings, RebuildPlan(min_recall=1.01))
     measured = iter([0.7, 0.9])
-    monkeypatch.setattr("db.rebuild.measured_recall", lambda _side: next(measured))
+    monkeypatch.setattr("db.rebuild.measured_recall", lambda *_: next(measured))
     with pytest.raises(db.ValidationError, match=r"find 0\.700 of the nearest rows, expected at least 0\.850"):
         rebuild(settings, RebuildPlan())
     assert sql("SELECT state FROM rebuild_runs") == [("failed",), ("failed",)]
@@ -232,12 +233,10 @@ def test_a_rollback_would_lose_what_was_written_since_and_says_so(filled, settin
     assert sql("SELECT count(*) FROM embeddings WHERE id IN ('new', '00002', 'later')") == [(2,)]
 
 
-def test_cached_answers_end_with_a_rollback(filled, settings, embedder):
+def test_cached_answers_end_with_a_rollback(filled, settings, embedder, until):
     rebuild(settings, RebuildPlan(sources={"s1": lambda: [{"id": "00001", "text": "other words"}]}), embedder)
     query = vector_of("text number 1")
-    for _ in range(2):  # the first only learns that the tables are others
-        filled.search(query, 1)
-    assert filled.search(query, 1).cached
+    until(lambda: filled.search(query, 1).cached)  # each pooled connection learns first that the tables are others
     roll_back(settings)
     assert [(hit.id, hit.text) for hit in filled.search(query, 1)] == [("00001", "text number 1")]
 
