@@ -1,6 +1,7 @@
 """How the tests of the doctor examine a store, and find in what it says what they are about."""
 
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import db
@@ -40,8 +41,18 @@ class Examiner:
         return before[0]
 
 
+@contextmanager
+def scratch_home(prefix):
+    """A home for embedded servers that their user may enter, removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/tmp", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder) / "home"
+
+
+@contextmanager
 def own_server(*, redis=False, **settings):
-    """A PostgreSQL of the test's own: `release` stops it."""
-    home = Path(tempfile.mkdtemp(prefix="vk-doctor-", dir="/tmp"))
-    home.chmod(0o711)
-    return db.embedded.acquire(home / "home", settings={"shared_buffers": "32MB", **settings}, redis=redis)
+    """Servers of the test's own."""
+    with scratch_home("vk-doctor-") as home:
+        servers = db.embedded.acquire(home, settings={"shared_buffers": "32MB", **settings}, redis=redis)
+        yield servers
+        servers.release()

