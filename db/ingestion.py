@@ -217,6 +217,8 @@ def _is_refusal(exc: psycopg.Error) -> bool:
 
 
 def _reason(exc: psycopg.Error) -> str:
+    if isinstance(exc, pg.UniqueViolation) and exc.diag.constraint_name == "embeddings_pkey":
+        return "its id is taken by a document that this role may not see"
     primary = exc.diag.message_primary or str(exc).strip()
     return f"{primary} ({exc.diag.message_detail})" if exc.diag.message_detail else primary
 

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     INDEX_BUILD = 4
     BULK_LOAD = 5
     REBUILD = 6
+    ROLES = 7
 
 
 # A session that holds a pause of ingestion has the lock of this class and its own process id.

@@ -4,13 +4,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+from psycopg import errors as pg
 
 from .engine import BACKGROUND_WAIT_S, Database
 
@@ -54,6 +55,7 @@ class MetricsRecorder:
         self._wake = threading.Event()
         self._closing = False
         self._warned = False
+        self._refused = False
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -90,15 +92,23 @@ class MetricsRecorder:
         """Write what waits. Never raises; what the server refuses is dropped, with one warning."""
         rows = [self._buffer.popleft() for _ in range(len(self._buffer))]
         try:
-            if rows:
-                with self._database.connection(BACKGROUND_WAIT_S) as connection, connection.transaction():
-                    connection.execute(_DO_NOT_WAIT)
-                    connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
+            if rows and not self._refused:
+                self._write(rows)
             self._background()
         except Exception as exc:  # noqa: BLE001  (whatever it is, it must not end the thread or reach a caller)
             if not self._warned:
                 logger.warning("metrics.not_written", extra={"dropped": len(rows), "reason": str(exc).strip()})
             self._warned = True
+
+    def _write(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Keep `rows`. A role that only reads, or a tenant, leaves no metrics."""
+        try:
+            with self._database.connection(BACKGROUND_WAIT_S) as connection, connection.transaction():
+                connection.execute(_DO_NOT_WAIT)
+                connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
+        except pg.InsufficientPrivilege as exc:
+            logger.info("metrics.not_permitted", extra={"reason": str(exc).strip()})
+            self._refused = True
 
     def close(self) -> None:
         """Stop the thread and write the rest."""

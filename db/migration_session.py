@@ -30,6 +30,13 @@ _UNLOCK = text("SELECT pg_advisory_unlock(:class, :purpose)")
 _SHOW = text("SELECT current_setting(:name, true)")
 _SET = text("SELECT set_config(:name, :value, false)")
 
+# Whom the schema belongs to, where this role is another that may act as it: what a migration makes is that role's.
+_OWNER = text("""
+    SELECT pg_get_userbyid(relowner)::text FROM pg_class
+    WHERE oid = to_regclass('alembic_version') AND pg_get_userbyid(relowner) <> current_user
+      AND pg_has_role(relowner, 'SET') AND has_schema_privilege(relowner, relnamespace, 'CREATE')
+""")
+
 _SESSION = """
     pid, coalesce(nullif(application_name, ''), 'unnamed') AS application, usename AS role, state,
     extract(epoch FROM clock_timestamp() - xact_start)::bigint AS age_s
@@ -66,7 +73,9 @@ def direct_engine(url: str, settings: Settings) -> sqlalchemy.Engine:
 def migration_session(
     connection: Connection, *, lock_timeout_s: float, on_wait: OnWait | None = None
 ) -> Iterator[None]:
-    """Hold the migrations' lock on `connection`, its timeouts off but for `lock_timeout`; restore them after.
+    """Hold the migrations' lock on `connection` as the schema's owner, the timeouts off but for `lock_timeout`.
+
+    Role and timeouts are restored after.
 
     Raises SchemaError where a transaction is open: an index is built CONCURRENTLY outside one.
     """
@@ -95,6 +104,8 @@ def _configure(connection: Connection, lock_timeout_s: float) -> dict[str, str]:
         "idle_in_transaction_session_timeout": "0",
         "transaction_timeout": "0",  # from PostgreSQL 17
     }
+    if (owner := connection.execute(_OWNER).scalar_one_or_none()) is not None:
+        wanted["role"] = owner
     before = {}
     for name, value in wanted.items():
         current: str | None = connection.execute(_SHOW, {"name": name}).scalar_one()

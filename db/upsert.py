@@ -1,5 +1,6 @@
 """One batch of documents written in one transaction, a document always with all its chunks."""
 
+import itertools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,15 +16,19 @@ from .transactions import WriteTransaction
 
 Outcome = Literal["inserted", "updated", "unchanged"]
 
-_INSERT_NEW = """
+_INSERT_NEW = sql.SQL("""
     INSERT INTO embeddings (id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
                             model_id, embedding, metadata, created_at, updated_at)
     SELECT id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
            model_id, embedding, metadata, coalesce(created_at, %(now)s), updated_at
     FROM vectorkeep_documents WHERE id = ANY(%(ids)s) ORDER BY id
-    ON CONFLICT (id) DO NOTHING
+    {on_conflict}
     RETURNING id
-"""
+""")
+_PASS_OVER: Final = sql.SQL("ON CONFLICT (id) DO NOTHING")
+# A document that can neither be inserted nor seen was made and deleted by others at once. Not so often: then it is one
+# that row-level security hides, and the insertion is to fail.
+_PASS_OVER_AT_MOST = 5
 
 # The vector is mentioned only where it changed: an update that leaves it alone stays HOT and never
 # touches the HNSW index. Assigning an equal vector would not do: a toasted value is compared by address.
@@ -199,12 +204,15 @@ def _insert_new(
     stage_documents(cursor, new, model_id, now)
     inserted: set[str] = set()
     waiting = list(new)
-    while waiting:
-        cursor.execute(_INSERT_NEW, {"ids": [d.id for d in waiting], "now": now})
+    for attempt in itertools.count():
+        on_conflict = _PASS_OVER if attempt < _PASS_OVER_AT_MOST else sql.SQL("")
+        cursor.execute(_INSERT_NEW.format(on_conflict=on_conflict), {"ids": [d.id for d in waiting], "now": now})
         inserted.update(row[0] for row in cursor)
         late = [d for d in waiting if d.id not in inserted]
         stored.update(lock_stored(cursor, [d.id for d in late]))
         waiting = [d for d in late if d.id not in stored]  # made and deleted again by others: once more
+        if not waiting:
+            break
     new = [d for d in new if d.id in inserted]
     stage_chunks(cursor, new)
     cursor.execute(_INSERT_CHUNKS)

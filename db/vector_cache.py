@@ -49,9 +49,15 @@ def cache_key(text: str, model_id: str) -> bytes:
 def look_up(
     connection: Connection[Any], texts: Iterable[str], model_id: str, dimensions: int
 ) -> dict[str, NDArray[np.float32]]:
-    """The vectors known for `texts`. One of another model or of wrong dimensions is never returned."""
+    """The vectors known for `texts`; none where the role may not see them.
+
+    One of another model or of wrong dimensions is never returned.
+    """
     keys = {cache_key(text, model_id): text for text in texts}
-    rows = connection.execute(_LOOK_UP, (list(keys), model_id, dimensions)).fetchall()
+    try:
+        rows = connection.execute(_LOOK_UP, (list(keys), model_id, dimensions)).fetchall()
+    except pg.InsufficientPrivilege:  # a tenant: what others have embedded is not for it to know
+        return {}
     if old := [key for key, _, is_old in rows if is_old]:
         with suppress(*_MAY_NOT_WRITE):
             connection.execute(_TOUCH, (old,))

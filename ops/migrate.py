@@ -13,6 +13,7 @@ from db.embedder import embedder_by_name
 from db.engine import connect_directly
 from db.errors import translated
 from db.migrate import current_revision, head_revision, upgrade
+from db.roles import DEFAULT_PREFIX, RolesPlan, RolesResult, make_roles, roles_sql
 
 from .command import Cli
 from .exit_codes import ExitCode
@@ -46,6 +47,19 @@ def migrate(
         bool, typer.Option("--adopt", help="Take over tables made by hand; --model names what made their vectors.")
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="Only tell whether the schema is at head.")] = False,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="Also make the roles owner, app, reader and tenant, with what each needs.")
+    ] = False,
+    tenants: Annotated[
+        bool,
+        typer.Option("--tenants", help="With --roles: each tenant sees its workspaces only, by row-level security."),
+    ] = False,
+    role_prefix: Annotated[
+        str, typer.Option(metavar="NAME", help="With --roles: what the roles' names begin with.")
+    ] = DEFAULT_PREFIX,
+    print_sql: Annotated[
+        bool, typer.Option("--print-sql", help="With --roles: print the SQL, for an administrator; change nothing.")
+    ] = False,
 ) -> ExitCode | None:
     """Bring the schema to the newest revision.
 
@@ -53,9 +67,13 @@ def migrate(
     changed, and the exit code is 4 where the schema is not at head.
     """
     chosen = _chosen_model(model, dimensions, distance, adopt=adopt)
+    plan = _roles_plan(role_prefix, roles=roles, tenants=tenants, print_sql=print_sql)
     with target_url(cli.options) as url:
         if check:
             return _check(cli, url)
+        if plan is not None and print_sql:
+            _print_sql(cli, roles_sql(url, plan))
+            return None
         if adopt and chosen is not None:
             _adopt(cli, url, chosen)
             return None
@@ -63,8 +81,12 @@ def migrate(
         if chosen is not None and chosen.dimensions is not None:
             cli.output.say(f"registering {chosen.model_id} and building its indexes")
             registry.register_model(url, chosen.model_id, chosen.dimensions, chosen.distance.value)
-    cli.output.document({"before": before, "after": after, "model": asdict(chosen) if chosen else None})
-    cli.output.fields({"before": before or "none", "after": after, **_model_fields(chosen)})
+        made = make_roles(url, plan) if plan is not None else None
+    model_shown = asdict(chosen) if chosen else None
+    cli.output.document({"before": before, "after": after, "model": model_shown, **_roles_shown(made)})
+    cli.output.fields({"before": before or "none", "after": after, **_model_fields(chosen), **_roles_fields(made)})
+    for note in made.notes if made else ():
+        cli.output.say(note)
     return None
 
 
@@ -113,3 +135,33 @@ def _model_fields(model: _Model | None) -> dict[str, Any]:
     if model is None:
         return {}
     return {"model": model.model_id, "dimensions": model.dimensions, "distance": model.distance.value}
+
+
+def _roles_plan(prefix: str, *, roles: bool, tenants: bool, print_sql: bool) -> RolesPlan | None:
+    given = {"--tenants": tenants, "--print-sql": print_sql, "--role-prefix": prefix != DEFAULT_PREFIX}
+    if roles:
+        return RolesPlan(prefix, tenants)
+    for option in (option for option, is_given in given.items() if is_given):
+        raise typer.BadParameter(f"{option} needs --roles", param_hint=option)
+    return None
+
+
+def _print_sql(cli: Cli, planned: RolesResult) -> None:
+    """A script for psql: one transaction, stopped by the first error."""
+    cli.output.document(planned)
+    for line in ("\\set ON_ERROR_STOP on", "BEGIN;", *(f"{sql};" for sql in planned.statements), "COMMIT;"):
+        cli.output.line(line)
+    for note in planned.notes:
+        cli.output.say(note)
+
+
+def _roles_shown(made: RolesResult | None) -> dict[str, Any]:
+    if made is None:
+        return {}
+    return {"roles": made.roles, "tenants": made.tenants, "notes": made.notes}
+
+
+def _roles_fields(made: RolesResult | None) -> dict[str, Any]:
+    if made is None:
+        return {}
+    return {"roles": ", ".join(made.roles.values()), "row_level_security": "on" if made.tenants else "off"}
