@@ -1,0 +1,105 @@
+"""What the documents tell an operator to set up: each command is run, each file of settings is read."""
+
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from .conftest import ROOT, run_command
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+README = (ROOT / "README.md").read_text()
+MAINTENANCE = README.partition("\n## Maintenance\n")[2].partition("\n## ")[0]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+
+
+def argv(command):
+    """The arguments of a command that is `vectorkeep`, by whatever path."""
+    program, *arguments = command
+    assert program.rpartition("/")[2] == "vectorkeep"
+    return arguments
+
+
+@pytest.fixture
+def shell(env, tmp_path):
+    """Runs a line as cron does: by sh, with a `vectorkeep` on the path."""
+    program = tmp_path / "bin" / "vectorkeep"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ops "$@"\n')
+    program.chmod(0o755)
+
+    def run(line, **settings):
+        path = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+        return subprocess.run(
+            ["sh", "-c", line], cwd=ROOT, env=env | path | settings, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("text", [OPERATIONS, MAINTENANCE], ids=["operations.md", "README"])
+def test_the_cron_line_is_silent_unless_it_did_not_end_well(text, shell):
+    lines = re.findall(r"^(?:[\d*]+ ){5}(.*vectorkeep maintain.*)$", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        assert "%" not in line, "cron reads it as a new line"
+        ended = shell(line)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+        assert "not reached" in shell(re.sub(r"--deadline \d+", "--deadline 0", line)).stdout
+        assert "cannot connect" in shell(line, VECTORKEEP_DATABASE_URL="postgresql://nobody@127.0.0.1:9/x").stdout
+
+
+def test_the_systemd_units_are_a_service_that_runs_and_the_timer_that_starts_it(vectorkeep):
+    service, timer = (_unit(text) for text in blocks("ini"))
+    command = shlex.split(service["Service"]["ExecStart"])
+    assert command[0].startswith("/"), "systemd wants an absolute path"
+    vectorkeep(*argv(command))
+    assert int(service["Service"]["TimeoutStartSec"]) > int(command[command.index("--deadline") + 1])
+    assert re.fullmatch(r"\*-\*-\* \d\d:\d\d:\d\d", timer["Timer"]["OnCalendar"])
+    assert timer["Install"]["WantedBy"] == "timers.target"
+    names = re.findall(r"^`/etc/systemd/system/([\w-]+)\.(service|timer)`:$", OPERATIONS, re.MULTILINE)
+    assert names == [("vectorkeep-maintain", "service"), ("vectorkeep-maintain", "timer")]
+
+
+def _unit(text):
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(text)
+    return unit
+
+
+def test_the_cronjob_is_one_and_runs_the_command(vectorkeep):
+    [text] = blocks("yaml")
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "CronJob")
+    assert len(job["spec"]["schedule"].split()) == 5
+    spec = job["spec"]["jobTemplate"]["spec"]
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] in ("Never", "OnFailure")
+    [container] = pod["containers"]
+    arguments = argv(container["args"])
+    vectorkeep(*arguments)
+    assert spec["activeDeadlineSeconds"] > int(arguments[arguments.index("--deadline") + 1])
+    assert [variable["name"] for variable in container["env"]] == ["VECTORKEEP_DATABASE_URL"]
+
+
+def test_the_readme_lists_the_steps_of_maintenance_in_their_order(vectorkeep):
+    steps = [step["name"] for step in vectorkeep("maintain", "--json").json["steps"]]
+    collapsed = list(dict.fromkeys("vacuum TABLE" if name.startswith("vacuum ") else name for name in steps))
+    assert re.findall(r"^\| `([a-zA-Z ]+)` \|", MAINTENANCE, re.MULTILINE) == collapsed
+
+
+def test_the_readme_names_every_option_of_maintain(env):
+    own = run_command("maintain", "--help", env=env).out
+    common = run_command("resume", "--help", env=env).out
+    options = set(re.findall(r"--[a-z-]+", own)) - set(re.findall(r"--[a-z-]+", common))
+    assert {"--dry-run", "--deadline"} < options
+    assert options <= set(re.findall(r"`(--[a-z-]+)", MAINTENANCE))
