@@ -20,6 +20,7 @@ from psycopg.sql import SQL, Identifier
 from . import faults
 from .config import Settings
 from .embedding import TextEmbedder
+from .embedding_model import Model
 from .engine import Database
 from .errors import ValidationError, translated
 from .ingestion import Ingestion
@@ -110,6 +111,9 @@ class _Rebuild:
         self._warn_of_space()
         self.run_id = begin_run(self.lead, self.model, {"sources": sorted(self.plan.sources)})
         try:
+            self._step("measuring", None)  # of the live store, before anybody is kept waiting
+            if self.live_model is not None:
+                self.figures["recall_before"] = measured_recall(self._live_side(self.live_model), self._target_recall)
             self._step("pausing", "waits for the writes under way")
             pause = self.parts.pause.begin("the tables are rebuilt", ttl_s=MAX_TTL_S)
             paused_at = time.monotonic()
@@ -211,19 +215,23 @@ class _Rebuild:
         if self.model is None:
             return
         new = Side(connection, self.model, self.model.ef_search_of(settings))
-        after = self.figures["recall"] = measured_recall(new, settings.target_recall)
-        before = None
-        if self.live_model is not None:
-            old = Side(self.lead, self.live_model, self.live_model.ef_search_of(settings))
-            before = self.figures["recall_before"] = measured_recall(old, settings.target_recall)
-            if self.plan.new_model:
-                self._check_overlap(neighbour_overlap(old, new))
-        least = (before or 0) - _RECALL_SLACK if self.plan.min_recall is None else self.plan.min_recall
+        after = self.figures["recall"] = measured_recall(new, self._target_recall)
+        if self.live_model is not None and self.plan.new_model:
+            self._check_overlap(neighbour_overlap(self._live_side(self.live_model), new))
+        before = self.figures.get("recall_before") or 0
+        least = before - _RECALL_SLACK if self.plan.min_recall is None else self.plan.min_recall
         if after is not None and after < least:
             raise ValidationError(
                 f"searches of the new tables find {after:.3f} of the nearest rows, expected at least {least:.3f}; "
                 "nothing was changed: raise ef_search, or lower --min-recall"
             )
+
+    def _live_side(self, model: Model) -> Side:
+        return Side(self.lead, model, model.ef_search_of(self.parts.settings))
+
+    @property
+    def _target_recall(self) -> float:
+        return self.parts.settings.target_recall
 
     def _check_overlap(self, overlap: float | None) -> None:
         self.figures["overlap"] = overlap

@@ -48,7 +48,7 @@ def test_everything_is_made_again_from_the_store(vectorkeep: Run, folder):
         "documents": "3", "copied": "3", "ingested": "0", "embedded": "0",
     }  # fmt: skip
     steps = [line.split(":")[0] for line in ran.err.splitlines()]
-    assert steps == ["pausing", "creating", "filling", "indexing", "checking", "swapping"]
+    assert steps == ["measuring", "pausing", "creating", "filling", "indexing", "checking", "swapping"]
     assert vectorkeep("rebuild", "--from-store", "--json").json["embedded"] == 0
     assert vectorkeep("rebuild", "--quiet").err == ""
 

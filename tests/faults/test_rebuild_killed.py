@@ -29,6 +29,7 @@ CONTENTS = (
 OID = "SELECT 'embeddings'::regclass::oid, 'chunks'::regclass::oid"
 
 BEFORE_THE_SWAP = [
+    "rebuild.measuring",
     "rebuild.pausing",
     "rebuild.creating",
     "rebuild.filling",

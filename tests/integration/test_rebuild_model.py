@@ -169,7 +169,7 @@ def test_neighbours_that_models_agree_on_are_reported_and_a_gate(filled, setting
 def test_recall_is_a_gate(filled, settings, sql, monkeypatch):
     with pytest.raises(db.ValidationError, match=r"find 1\.000 of the nearest rows, expected at least 1\.010"):
         rebuild(settings, RebuildPlan(min_recall=1.01))
-    measured = iter([0.7, 0.9])
+    measured = iter([0.9, 0.7])
     monkeypatch.setattr("db.rebuild.measured_recall", lambda *_: next(measured))
     with pytest.raises(db.ValidationError, match=r"find 0\.700 of the nearest rows, expected at least 0\.850"):
         rebuild(settings, RebuildPlan())
