@@ -81,14 +81,19 @@ def _answer(database: Database, connection: StoreConnection, searcher: Searcher,
         if answer.life == database.model_life:
             return answer
         database.model_life = life = _require_model(connection, model)
-        if answer.life == life:
+        if life in (answer.life, None):
             return answer
 
 
-def _require_model(connection: StoreConnection, model: Model) -> str:
-    """The life of the store in which `model` is the active one. Raises SchemaError where it is another."""
+def _require_model(connection: StoreConnection, model: Model) -> str | None:
+    """The life of the store in which `model` is the active one. Raises SchemaError where it is another.
+
+    None in the middle of a restore, where no model is registered: asked again by the next search.
+    """
     [(life, *active)] = connection.execute(_MODEL_IN_LIFE).fetchall()
-    model.require_active(Model(*active) if active[0] is not None else None)
+    if active[0] is None:
+        return None
+    model.require_active(Model(*active))
     return str(life)
 
 

@@ -1,7 +1,9 @@
 """The strict cache: an answer is served again until a write it depends on is committed, and never after."""
 
+import json
 import multiprocessing
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -81,6 +83,57 @@ def test_a_hit_equals_the_answer_that_was_computed(store):
         assert (computed.cached, cached.cached) == (False, True)
         assert computed.hits == cached.hits
         assert (computed.complete, computed.exact) == (cached.complete, cached.exact)
+
+
+def stored_snapshot(store):
+    """The snapshot of the one answer that is cached."""
+    [name] = store.cache_client.scan_iter("vectorkeep:*:q:*")
+    return json.loads(store.cache_client.get(name)[32:])["snapshot"]
+
+
+@pytest.fixture
+def renewing(monkeypatch):
+    """Answers are stored again as of now already when they are two transactions old."""
+    monkeypatch.setattr(query_cache, "_RENEWED_BEHIND", 1)
+
+
+@pytest.mark.usefixtures("renewing")
+def test_an_old_hit_is_kept_as_of_now_for_as_long_as_it_was_to_live(store, until):
+    store.batch_upsert([doc("a1", "a"), doc("b1", "b")])
+    search(store, source_id="b")
+    [name] = store.cache_client.scan_iter("vectorkeep:*:q:*")
+    store.cache_client.expire(name, 1000)
+    before = stored_snapshot(store)
+    for n in range(5):
+        store.batch_upsert([doc("a1", "a", value=n + 3.0)])
+    # Snapshots begin at the oldest transaction of the whole server: some other test's may hold this one back.
+    until(lambda: search(store, source_id="b").cached and stored_snapshot(store) != before)
+    assert int(stored_snapshot(store).split(":")[0]) > int(before.split(":")[0])
+    assert 900 < store.cache_client.ttl(name) <= 1000
+    store.batch_upsert([doc("b1", "b", value=9)])
+    assert not search(store, source_id="b").cached
+
+
+@pytest.mark.usefixtures("renewing")
+def test_a_write_under_way_while_an_answer_is_renewed_ends_it(store, other, until):
+    """Its snapshot must not count for seen what had not committed when it was taken."""
+    store.batch_upsert([doc("a1", "a"), doc("b1", "b")])
+    search(store, source_id="b")
+    before = stored_snapshot(store)
+    for n in range(3):
+        store.batch_upsert([doc("a1", "a", value=n + 3.0)])
+    with other.transaction() as connection:
+        connection.execute(text("UPDATE embeddings SET text = 'changed' WHERE id = 'b1'"))
+        other.record_write(connection, sources=["b"])
+
+        def renewed():
+            with ThreadPoolExecutor(1) as thread:  # in this one a transaction is open: it would do without the cache
+                assert thread.submit(lambda: search(store, source_id="b").cached).result()
+            return stored_snapshot(store) != before
+
+        until(renewed)
+    found = search(store, source_id="b")
+    assert (found.cached, found[0].text) == (False, "changed")
 
 
 STORE_ONLY = {"source b", "source c", "workspace v"}
