@@ -165,7 +165,8 @@ def _lock_writers(cursor: Cursor[Any], database: Database) -> None:
     """
     try:
         lock_timeout_ms = max(1, int(900 * database.settings.statement_timeout_s))
-        cursor.execute(_LOCK_WRITERS.format(str(lock_timeout_ms), LOCK_CLASS, int(Purpose.WRITERS)))
+        statements = _LOCK_WRITERS.format(str(lock_timeout_ms), LOCK_CLASS, int(Purpose.WRITERS))
+        cursor.execute(statements, prepare=False)  # several at once cannot be prepared
     except (pg.QueryCanceled, pg.LockNotAvailable) as exc:
         raise UnavailableError(
             "writers are locked out by a session that keeps them all waiting; try again when it has finished"

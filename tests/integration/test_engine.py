@@ -250,3 +250,13 @@ def test_many_threads_share_a_store_of_few_connections(small):
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(work, range(40))) == [f"{n}" for n in range(40)]
+
+
+@pytest.mark.parametrize("threshold", [0, 1, None])
+def test_statements_may_be_prepared_at_once_or_never(database_url, threshold):
+    with db.connect(database_url, False, prepare_threshold=threshold) as store:
+        for n in range(3):
+            document = {"id": "a", "text": f"{n}", "embedding": [1.0, n], "chunks": [{"text": "c"}]}
+            assert store.batch_upsert([document]).failed == 0
+            assert [hit.text for hit in store.search([1.0, n], 1)] == [f"{n}"]
+        assert store.delete(["a"]).deleted == 1
