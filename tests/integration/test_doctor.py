@@ -13,7 +13,7 @@ from db.checks.base import Needs, check, warn
 from tests.integration.examining import Examiner
 
 NAMES = [one.name for one in checks.CHECKS]
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "health.md"
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_role_that_may_see_little_is_told_so_and_nothing_crashes(examine, sql,
         sql(f"DROP ROLE {role}")
 
 
-def test_every_check_is_in_the_readme_with_what_it_looks_at_and_what_fix_does():
-    rows = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", README.read_text(), re.MULTILINE))
+def test_every_check_is_in_the_document_with_what_it_looks_at_and_what_fix_does():
+    rows = dict(re.findall(r"^\| `([a-z ]+)` \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE))
     for one in checks.CHECKS:
         assert rows.get(one.name) == f"{one.about} | {one.fix}".rstrip(), one.name
