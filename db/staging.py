@@ -51,7 +51,7 @@ _CREATE_VECTORS = """
 
 
 def create_staging(cursor: Cursor[Any]) -> None:
-    cursor.execute(_CREATE)
+    cursor.execute(_CREATE, prepare=False)  # several at once cannot be prepared
 
 
 def stage_documents(cursor: Cursor[Any], documents: Iterable[PreparedDocument], model_id: str, now: datetime) -> None:

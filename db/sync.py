@@ -75,7 +75,7 @@ class SourceSync:
                 raise ValidationError(
                     f"no items for source {self._source_id!r}; give allow_empty=True to delete all of it"
                 )
-            connection.execute(_INDEX_SEEN)
+            connection.execute(_INDEX_SEEN, prepare=False)
             deleted = 0
             for ids in self._unseen(connection):
                 gone = [id_ for id_ in ids if not keep(id_)]
