@@ -103,3 +103,13 @@ def test_the_readme_names_every_option_of_maintain(env):
     options = set(re.findall(r"--[a-z-]+", own)) - set(re.findall(r"--[a-z-]+", common))
     assert {"--dry-run", "--deadline"} < options
     assert options <= set(re.findall(r"`(--[a-z-]+)", MAINTENANCE))
+
+
+def test_the_readmes_first_program_runs_and_finds_the_owls(env):
+    [program] = re.findall(r"^## Ten lines\n\n```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert re.fullmatch(r"0\.\d\d  owls  Owls hunt at night\.\n", ended.stdout)
