@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -145,7 +145,8 @@ class Database:
             timeout=settings.pool_timeout_s,
             reconnect_timeout=settings.pool_timeout_s,
             configure=self._configure,
-            reset=_reset,
+            # No `reset`: with one a worker takes connections back, and of a pool that is being closed it drops
+            # them, open, until they are collected as garbage.
             check=ConnectionPool.check_connection,
             close_returns=True,
             name="vectorkeep",
@@ -192,7 +193,7 @@ class Database:
         engine = sqlalchemy.create_engine(
             "postgresql+vectorkeep://", poolclass=NullPool, creator=self._checkout, use_native_hstore=False
         )
-        event.listen(engine, "close", self._give_back_dead)
+        event.listen(engine, "close", self._give_back)
         return engine
 
     def _checkout(self) -> Any:
@@ -200,16 +201,15 @@ class Database:
         connection.autocommit = False  # SQLAlchemy counts on psycopg to begin its transactions
         return connection
 
-    def _give_back_dead(self, connection: Any, _record: Any) -> None:
-        # psycopg's close() gives a live connection back, but returns at once on one that the server
-        # killed: the pool would count it as lent for ever.
+    def _give_back(self, connection: Any, _record: Any) -> None:
+        # psycopg's close(), which comes next, gives a live connection back, but returns at once on one that the
+        # server killed: the pool would count it as lent for ever.
         if connection.closed:
             self.pool.putconn(cast(StoreConnection, connection))
-
-
-def _reset(connection: Connection[Any]) -> None:
-    if not connection.autocommit:
-        connection.autocommit = True
+            return
+        with suppress(psycopg.Error):  # one that fails is found broken, and not kept
+            connection.rollback()
+            connection.autocommit = True
 
 
 def adapt(connection: Connection[Any], *, debug: bool = False) -> None:

@@ -13,6 +13,8 @@ import sqlalchemy.exc
 
 import db
 from db import ClosedError, UnavailableError
+from db.config import Settings
+from db.engine import Database
 from db.locks import LOCK_CLASS, Purpose
 
 VECTOR = [1.0, *[0.0] * 7]
@@ -260,3 +262,21 @@ def test_statements_may_be_prepared_at_once_or_never(database_url, threshold):
             assert store.batch_upsert([document]).failed == 0
             assert [hit.text for hit in store.search([1.0, n], 1)] == [f"{n}"]
         assert store.delete(["a"]).deleted == 1
+
+
+def test_a_store_closed_right_after_an_error_leaves_no_connection(database_url, admin, until):
+    """Exceptions hold what they happened on: a connection that nobody closes lives on until they are collected."""
+    others = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'closed in a hurry'"
+    joint = "&" if "?" in database_url else "?"
+    kept = []
+    for _ in range(20):
+        database = Database(f"{database_url}{joint}application_name=closed%20in%20a%20hurry", Settings())
+        database.open()
+        try:
+            with database.connection() as connection:
+                connection.execute("SELECT 1/0")
+        except psycopg.errors.DivisionByZero as exc:
+            kept.append(exc)
+        database.close()
+    assert len(kept) == 20
+    until(lambda: not admin.execute(others).fetchall())
