@@ -21,6 +21,7 @@ CHANGED_SHARE = 0.2
 # A figure from fewer queries would only be noise.
 _MIN_QUERIES = 20
 _LEAST_S = 1.0
+_DEFAULT: int = Settings.model_fields["ef_search"].default
 
 _STATE = """
     SELECT coalesce(index.indisvalid, false), greatest(reltuples, 0)::bigint,
@@ -131,6 +132,10 @@ def _chosen(model: Model, measured: Mapping[Level, RecallReport]) -> Tuning:
     met = [value for value in wanted if value is not None]
     if len(met) < len(wanted):
         return Tuning(model.ef_search, f"left as it was: {reason}", reports)
+    asked = min(report.queries_from_searches for report in reports.values())
+    if asked < _MIN_QUERIES and max(met) < _DEFAULT:
+        note = f"not below {_DEFAULT}, for only {asked} queries of real searches are known and stored vectors flatter"
+        return Tuning(_DEFAULT, f"{note}; {reason}", reports)
     return Tuning(max(met), reason, reports)
 
 

@@ -164,7 +164,8 @@ def index_health(examination: Examination) -> Iterator[Found]:
             f"{report.name} is {reason.verdict}: {reason.evidence}", f"{reason.command}, or psql -c {reason.sql!r}"
         )
     if not reasons:
-        yield ok(", ".join(f"{r.name}: {r.indexed_rows} rows" for r in reports) or "no vector index is wanted yet")
+        valid = ", ".join(f"{report.name}: {report.indexed_rows} rows" for report in reports if report.valid)
+        yield ok(valid or "there is no vector index to be judged")
 
 
 @contextmanager

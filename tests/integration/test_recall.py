@@ -161,6 +161,18 @@ def test_searches_are_tuned_to_the_target_and_new_stores_use_it(texts_store, tex
     assert used == [tuning.ef_search, 33, 100, tuning.ef_search]
 
 
+def test_stored_vectors_alone_tune_no_search_below_the_default(texts_store, texts_url, admin):
+    """They flatter the index: what suffices for them does not for others."""
+    with texts_store._parts.database.maintenance() as connection:
+        connection.execute("TRUNCATE query_samples")
+        settings = texts_store.settings.model_copy(update={"target_recall": 0.8})
+        tuning = tune_ef_search(connection, texts_store.model, settings, sample=100)
+    [report] = tuning.reports.values()
+    assert report.recommended_ef_search < 100
+    assert tuning.ef_search == 100
+    assert tuning.reason.startswith("not below 100, for only 0 queries of real searches are known")
+
+
 def spied(function, used):
     def call(connection, query, rows):
         used.append(query.ef_search)
