@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     consistency: Consistency = "strict"
     cache_ttl_s: int = Field(default=3600, ge=1)
     bounded_ttl_s: int = Field(default=60, ge=1)
+    # What a search waits for Redis, at most, before it asks the database: an answer from there takes a few ms.
+    redis_timeout_ms: float = Field(default=80, gt=0, le=60_000)
+    redis_connect_timeout_ms: float = Field(default=50, gt=0, le=60_000)
     chunk_size: int = Field(default=1000, ge=50)
     chunk_overlap: int = Field(default=100, ge=0)
     vector_cache_mb: float = Field(default=512, ge=0)

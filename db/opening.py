@@ -8,7 +8,6 @@ from .bulk_load import warn_of_missing_indexes
 from .chunking import Chunker
 from .config import Settings
 from .engine import Database, connect_directly, require_versions
-from .errors import ValidationError
 from .metrics import MetricsRecorder
 from .pause import SessionPause
 from .query_cache import QueryCache
@@ -64,10 +63,7 @@ class OpenParts:
         url = self.settings.redis_url
         if url is None and self._servers is not None:
             url = self._servers.redis_url
-        try:
-            return QueryCache(self.database, QueryCache.connect(url), self.settings) if url else None
-        except ValueError as exc:
-            raise ValidationError(f"redis_url cannot be read: {exc}; expected redis://, rediss:// or unix://") from exc
+        return QueryCache(self.database, QueryCache.connect(url, self.settings), self.settings) if url else None
 
     def after_commit(self, write: LoggedWrite) -> None:
         """Tell Redis of a committed write. What it did not take is delivered in the background, later."""

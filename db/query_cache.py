@@ -24,9 +24,8 @@ import orjson
 import redis
 from psycopg import errors as pg
 from psycopg import sql
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from . import redis_client
 from .circuit_breaker import CircuitBreaker
 from .config import Settings
 from .engine import BACKGROUND_WAIT_S, LIFE, Database, Identity, StoreConnection
@@ -34,9 +33,6 @@ from .transactions import EVERYTHING, LoggedWrite
 from .types import Hit, SearchResult
 
 logger = logging.getLogger("vectorkeep")
-
-_CONNECT_TIMEOUT_S = 0.05
-_TIMEOUT_S = 0.08
 
 # What a cached value looks like. Part of its key: another version's values are never read.
 _FORMAT = 1
@@ -116,15 +112,12 @@ class QueryCache:
         self.breaker = CircuitBreaker()
 
     @staticmethod
-    def connect(url: str) -> redis.Redis:
-        """A client that gives up within 100 ms: redis-py's own patience stalled a read for a minute."""
-        return redis.Redis.from_url(
+    def connect(url: str, settings: Settings) -> redis.Redis:
+        """The client of a cache: it waits no longer than a search may."""
+        return redis_client.connect(
             url,
-            socket_connect_timeout=_CONNECT_TIMEOUT_S,
-            socket_timeout=_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_error=[],
-            health_check_interval=0,
+            timeout_s=settings.redis_timeout_ms / 1000,
+            connect_timeout_s=settings.redis_connect_timeout_ms / 1000,
         )
 
     def look_up_bounded(self, key: CacheKey) -> tuple[SearchResult | None, Slot | None]:

@@ -16,11 +16,11 @@ import redis
 from psycopg import Connection, sql
 from psycopg import errors as pg
 
-from . import embedded, migrate
+from . import embedded, migrate, redis_client
 from .config import Settings, redacted
 from .embedded_server import DATABASE
 from .engine import Database, connect_directly
-from .errors import BusyError, SchemaError, UnavailableError, translated
+from .errors import BusyError, SchemaError, UnavailableError, ValidationError, translated
 from .locks import LOCK_CLASS, PAUSE_CLASS
 from .models import Base
 from .shadow import SHADOW, drop_schema
@@ -259,15 +259,15 @@ def _clear_cache(settings: Settings, details: list[str]) -> int:
     deadline = time.monotonic() + _CLEAR_AT_MOST_S
     left = f"are never found again: they name the old tables; they expire within {2 * settings.cache_ttl_s} s"
     try:
-        client = redis.Redis.from_url(
-            settings.redis_url, socket_timeout=_REDIS_PATIENCE_S, socket_connect_timeout=_REDIS_PATIENCE_S
+        client = redis_client.connect(
+            settings.redis_url, timeout_s=_REDIS_PATIENCE_S, connect_timeout_s=_REDIS_PATIENCE_S
         )
         with client:
             for names in _keys(client, _store_name(settings), deadline):
                 removed += int(client.unlink(*names)) if names else 0
     except TimeoutError:
         details.append(f"removed {removed} keys from Redis in {_CLEAR_AT_MOST_S:g} s; those that are left {left}")
-    except (redis.RedisError, ValueError) as exc:
+    except (redis.RedisError, ValidationError) as exc:
         details.append(f"Redis did not answer ({exc}); cached answers {left}")
     else:
         details.append(f"removed {removed} keys of this store from Redis")

@@ -8,14 +8,12 @@ from typing import Any, Self
 
 import redis
 from psycopg import Connection
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from .. import embedded, migrate, registry
+from .. import embedded, migrate, redis_client, registry
 from ..config import Settings
 from ..embedding_model import Model
 from ..engine import Database
-from ..errors import UnavailableError
+from ..errors import UnavailableError, ValidationError
 from ..query_cache import QueryCache
 from ..types import FindingStatus
 
@@ -182,15 +180,11 @@ class Examination:
         """A client of the cache's server that waits longer than a search would; None where there is no cache."""
         if self._redis is None and self._redis_url is not None and not self.redis_trouble:
             try:
-                self._redis = redis.Redis.from_url(
-                    self._redis_url,
-                    socket_timeout=_REDIS_PATIENCE_S,
-                    socket_connect_timeout=_REDIS_PATIENCE_S,
-                    retry=Retry(NoBackoff(), 0),
-                    retry_on_error=[],
+                self._redis = redis_client.connect(
+                    self._redis_url, timeout_s=_REDIS_PATIENCE_S, connect_timeout_s=_REDIS_PATIENCE_S
                 )
-            except ValueError as exc:
-                self.redis_trouble = f"redis_url cannot be read: {exc}"
+            except ValidationError as exc:
+                self.redis_trouble = str(exc)
                 return None
             self._stack.callback(self._redis.close)
         return self._redis

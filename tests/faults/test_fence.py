@@ -15,7 +15,6 @@ import psycopg
 import pytest
 
 import db
-from db import query_cache
 from db.metrics import MetricsRecorder
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
@@ -100,8 +99,8 @@ class Server:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setattr(query_cache, "_CONNECT_TIMEOUT_S", 10)
-    monkeypatch.setattr(query_cache, "_TIMEOUT_S", 10)
+    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
+    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

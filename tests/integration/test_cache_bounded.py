@@ -26,8 +26,8 @@ def version(result):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setattr(query_cache, "_CONNECT_TIMEOUT_S", 10)
-    monkeypatch.setattr(query_cache, "_TIMEOUT_S", 10)
+    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
+    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 from psycopg import errors as pg
 
 import db
-from db import query_cache
 from db.config import Settings
 from db.rebuild import RebuildPlan, rebuild
 from db.registry import register_model
@@ -24,8 +23,8 @@ TENANTS = ("red", "blue")
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setattr(query_cache, "_CONNECT_TIMEOUT_S", 10)
-    monkeypatch.setattr(query_cache, "_TIMEOUT_S", 10)
+    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
+    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture
