@@ -45,7 +45,7 @@ _CHANGED_ITEMS = """
 """
 
 _LOCK_STORED = """
-    SELECT id, source_id, workspace, content_hash, vector_hash, chunks_hash,
+    SELECT id, source_id, workspace, text_hash, content_hash, vector_hash, chunks_hash, model_id,
            vector_hash IS NULL AND embedding IS NOT NULL,
            chunks_hash IS NULL AND EXISTS (SELECT FROM chunks WHERE chunks.document_id = embeddings.id)
     FROM embeddings WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE
@@ -61,9 +61,11 @@ class StoredRow:
 
     source_id: str
     workspace: str | None
+    text_hash: bytes | None
     content_hash: bytes | None
     vector_hash: bytes | None
     chunks_hash: bytes | None
+    model_id: str | None
     vector_unhashed: bool
     chunks_unhashed: bool
 
@@ -75,6 +77,10 @@ class StoredRow:
 
     def chunks_differ(self, document: PreparedDocument) -> bool:
         return document.chunks is not None and (self.chunks_unhashed or self.chunks_hash != document.chunks_hash)
+
+    def has_vector_of(self, document: PreparedDocument, model_id: str) -> bool:
+        """Whether the stored vector is the model's own of the document's text."""
+        return (self.text_hash, self.model_id) == (document.text_hash, model_id) and self.vector_hash is not None
 
     def differs(self, document: PreparedDocument) -> bool:
         return self.content_differs(document) or self.vector_differs(document) or self.chunks_differ(document)

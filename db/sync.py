@@ -7,7 +7,9 @@ from typing import Any
 
 from psycopg import Connection, Cursor
 
+from . import faults
 from .deletion import delete_ids
+from .documents import check_key
 from .embedding import TextEmbedder
 from .errors import ValidationError
 from .ingestion import Ingestion
@@ -42,6 +44,8 @@ class SourceSync:
         self._tally = tally
         self._buffer: list[str] = []
         self._seen_any = False
+        self._nameless = 0
+        self._why_nameless = ""
 
     def run(
         self,
@@ -60,7 +64,8 @@ class SourceSync:
         Where the iteration raises, nothing is deleted. Of what `items` did not hold, `keep(id)` spares a document.
         `bulk` is entered when no other sync of the source can run: one that has to give way drops no index.
 
-        Raises BusyError where another sync of the source runs.
+        Raises BusyError where another sync of the source runs; ValidationError where there are no items, or some that
+        do not say which document they are. Those that do are stored all the same.
         """
         database = self._ingestion.database
         with database.maintenance() as connection, sync_lock(connection, self._source_id, wait_s=wait_s), bulk:
@@ -75,11 +80,18 @@ class SourceSync:
                 raise ValidationError(
                     f"no items for source {self._source_id!r}; give allow_empty=True to delete all of it"
                 )
+            if self._nameless:
+                raise ValidationError(
+                    f"{self._nameless} items of source {self._source_id!r} have no id that can be used "
+                    f"({self._why_nameless}): nothing was deleted, for nobody knows which documents they are"
+                )
+            faults.point("sync.stored")
             connection.execute(_INDEX_SEEN, prepare=False)
             deleted = 0
             for ids in self._unseen(connection):
                 gone = [id_ for id_ in ids if not keep(id_)]
                 deleted += len(gone) if dry_run else self._delete(gone)
+            faults.point("sync.deleted")
             connection.execute(_DROP_SEEN)
         return deleted
 
@@ -90,8 +102,11 @@ class SourceSync:
         for given in items:
             self._seen_any = True
             id_ = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
-            if isinstance(id_, str) and "\0" not in id_:
-                self._buffer.append(id_)
+            try:
+                self._buffer.append(check_key("id", id_))
+            except ValidationError as exc:
+                self._nameless += 1
+                self._why_nameless = self._why_nameless or str(exc)
             if len(self._buffer) >= _FLUSH_IDS:
                 self._flush(connection)
             if isinstance(given, Item):

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, LiteralString
 from psycopg import Cursor, sql
 from psycopg import errors as pg
 
+from . import faults
 from .change_detection import StoredRow, lock_stored
 from .documents import PreparedDocument
 from .staging import copy_chunks, copy_documents, create_staging, stage_chunks, stage_documents
@@ -117,7 +118,8 @@ class UpsertBatch:
 
     stored: ids that were found stored a moment ago. Only those are locked; the others are taken for new, and
     the table's own key tells where that is no longer true.
-    update_only: ids of documents that lack what a new row needs. One that is gone has no outcome.
+    update_only: ids of documents whose stored vector was found to stay. One that is gone, or has another text or
+    vector by now, is left as it is and has no outcome.
     """
 
     documents: Sequence[PreparedDocument]
@@ -133,18 +135,22 @@ class UpsertBatch:
         """Write what differs from the stored rows. Returns the outcome of every document by id."""
         cursor, now = transaction.cursor, datetime.now(UTC)
         stored = lock_stored(cursor, self.stored & self.ids)
-        documents = [d for d in self.documents if d.id in stored or d.id not in self.update_only]
+        faults.point("upsert.locked")
+        documents = [d for d in self.documents if d.id not in self.update_only or self._vector_stays(d, stored)]
         new = sorted((d for d in documents if d.id not in stored), key=lambda d: d.id)
         if new:
             _give_way(transaction, new)
             if not _copy_new(cursor, new, self.model_id, now):
                 new = _insert_new(cursor, new, stored, self.model_id, now)
+            faults.point("upsert.inserted")
             _take_back(transaction, new)
         inserted = {d.id for d in new}
         updated = [d for d in documents if d.id not in inserted and stored[d.id].differs(d)]
         if updated:
             _update_stored(cursor, updated, stored, self.model_id, now)
+            faults.point("upsert.updated")
             _chunks_of_updated(transaction, updated, stored)
+            faults.point("upsert.updated_chunks")
         touched = {(document.source_id, document.workspace) for document in (*new, *updated)}
         touched |= {(stored[document.id].source_id, stored[document.id].workspace) for document in updated}
         for source_id, workspace in touched:
@@ -153,6 +159,10 @@ class UpsertBatch:
         outcomes |= dict.fromkeys(inserted, "inserted")
         outcomes |= dict.fromkeys((d.id for d in updated), "updated")
         return outcomes
+
+    def _vector_stays(self, document: PreparedDocument, stored: dict[str, StoredRow]) -> bool:
+        row = stored.get(document.id)
+        return row is not None and row.has_vector_of(document, self.model_id)
 
 
 def _any_detached(transaction: WriteTransaction) -> bool:
@@ -186,6 +196,7 @@ def _copy_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: st
     try:
         with cursor.connection.transaction():
             copy_documents(cursor, new, model_id, now)
+            faults.point("upsert.copied_documents")
             copy_chunks(cursor, new)
     except (pg.UniqueViolation, pg.FeatureNotSupported):
         return False

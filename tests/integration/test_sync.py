@@ -138,14 +138,10 @@ def test_items_that_are_not_valid_keep_what_is_stored_of_them(store, sources, sq
         db.Item("a", ""),
         {"id": "b", "text": "t", "metadata": {"n": float("nan")}},
         {"id": "c"},
-        {"text": "no id"},
         db.Item("new", "NUL \0"),
-        db.Item("lone \ud800", "t"),
-        "no item",
-        7,
     ]
     result = store.sync(given, source_id="s")
-    assert counts(result) == {"failed": 8, "deleted": 1}
+    assert counts(result) == {"failed": 4, "deleted": 1}
     assert sources() == {"s": ["a", "b", "c"]}
     assert sql("SELECT text FROM embeddings ORDER BY id") == [("text of a",), ("text of b",), ("text of c",)]
 
@@ -298,3 +294,19 @@ def test_what_a_search_found_before_is_not_found_after(store):
     assert {h.id for h in store.search("text of a", k=5, source_id="s")} == {"a", "b"}
     store.sync(items("b"), source_id="s")
     assert {h.id for h in store.search("text of a", k=5, source_id="s")} == {"b"}
+
+
+@pytest.mark.parametrize(
+    "nameless",
+    [{"text": "hello"}, {"id": 5, "text": "t"}, {"key": "a", "text": "t"}, {"id": "", "text": "t"}, "a", None],
+    ids=["no id", "number", "other key", "empty", "string", "nothing"],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_items_that_do_not_say_which_document_they_are_delete_nothing(store, sources, nameless, dry_run):
+    store.sync(items("a", "b"), source_id="s")
+    with pytest.raises(db.ValidationError, match="1 items of source 's' have no id that can be used"):
+        store.sync([*items("c"), nameless], source_id="s", dry_run=dry_run)
+    assert sources() == {"s": ["a", "b"] if dry_run else ["a", "b", "c"]}
+    with pytest.raises(db.ValidationError, match="no id that can be used"):
+        store.sync([nameless], source_id="s", allow_empty=True)
+    assert "a" in sources()["s"]
