@@ -31,6 +31,7 @@ class Settings(BaseSettings):
         env_parse_none_str="null",
         extra="forbid",
         populate_by_name=True,
+        hide_input_in_errors=True,  # a URL given under a wrong name is an input, too
     )
 
     # URLs hold passwords: no repr shows them.
@@ -122,7 +123,9 @@ class Settings(BaseSettings):
 class OpenAISettings(BaseSettings):
     """The OpenAI-compatible endpoint of the command line, each field from `VECTORKEEP_OPENAI_<NAME>`."""
 
-    model_config = SettingsConfigDict(env_prefix="VECTORKEEP_OPENAI_", env_ignore_empty=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="VECTORKEEP_OPENAI_", env_ignore_empty=True, extra="forbid", hide_input_in_errors=True
+    )
 
     base_url: str = "https://api.openai.com/v1"
     api_key: pydantic.SecretStr | None = None
@@ -160,7 +163,7 @@ def libpq_url(url: str) -> str:
         raise ValidationError(
             f"database URL begins with {begin!r}; expected postgres://, postgresql:// or postgresql+psycopg://"
         )
-    if not _is_readable(f"postgresql://{rest}"):
+    if not is_unambiguous(rest) or not _is_readable(f"postgresql://{rest}"):
         raise ValidationError(
             "database URL cannot be read; expected postgresql://user:password@host:port/database, "
             "special characters in each part percent-encoded"
@@ -168,13 +171,22 @@ def libpq_url(url: str) -> str:
     return f"postgresql://{rest}"
 
 
+def is_unambiguous(rest: str) -> bool:
+    """Whether what follows `scheme://` has its password where it is looked for.
+
+    A password with an @ or a / that is not encoded would be taken for host and port, and told by every error.
+    """
+    address, _, path = rest.partition("?")[0].partition("/")
+    return address.count("@") <= 1 and "@" not in path
+
+
 def _is_readable(url: str) -> bool:
     # libpq's own message would show the URL, or the password in it, and so would an exception chained to it.
     try:
-        conninfo_to_dict(url)
+        ports = str(conninfo_to_dict(url).get("port") or "")
     except psycopg.ProgrammingError:
         return False
-    return True
+    return all(not port or port.isdigit() for port in ports.split(","))
 
 
 def redacted(url: str) -> str:

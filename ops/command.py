@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import Parameter, Signature, signature
 from types import FrameType
 from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec
@@ -50,8 +50,9 @@ Debug = Annotated[
 class Common:
     """The options of every command."""
 
-    database_url: DatabaseUrl = None
-    redis_url: RedisUrl = None
+    # URLs hold passwords: no repr shows them.
+    database_url: DatabaseUrl = field(default=None, repr=False)
+    redis_url: RedisUrl = field(default=None, repr=False)
     json: Json = False
     quiet: Quiet = False
     verbose: Verbose = False
