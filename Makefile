@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test clean FORCE
+.PHONY: help demo test faults clean FORCE
 
 SUITABLE := import ensurepip, sys; raise SystemExit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON),undefined)
@@ -11,6 +11,7 @@ PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python;
 	"$$python" -c '$(SUITABLE)' >/dev/null 2>&1 && { echo "$$python"; exit; }; done)
 endif
 PYTEST_ARGS ?= -n 2
+MINUTES ?= 60
 
 # What the caller's environment says about other installations must not reach this one.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
@@ -33,6 +34,9 @@ test: .venv/.dev  ## install into .venv and run the linters, the type checker an
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest $(PYTEST_ARGS)
+
+faults: .venv/.dev  ## kill, cut and starve all servers and workers for MINUTES=60, with SEED=…: nothing may be lost
+	.venv/bin/python -m tests.faults.harness --minutes $(MINUTES) $(if $(SEED),--seed "$(SEED)") $(FAULTS_ARGS)
 
 clean:  ## remove .venv and what the tools left
 	rm -rf .venv .make .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -29,10 +29,11 @@ from psycopg import Connection, sql
 from psycopg import errors as pg
 from sqlalchemy import Table
 
+from . import faults
 from .embedding_model import Model
 from .engine import Database
 from .errors import BusyError
-from .locks import LOCK_CLASS, Purpose, advisory_lock
+from .locks import Purpose, advisory_lock, is_held
 from .pause import current_pause
 from .registry import StoreModel
 from .tally import Tally
@@ -67,11 +68,6 @@ _MISSING = sql.SQL("""
     WHERE NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass(name) AND indisvalid) AND {may_build}
     ORDER BY name DESC
 """).format(may_build=_MAY_BUILD)
-_UNDER_WAY = """
-    SELECT pid FROM pg_locks
-    WHERE locktype = 'advisory' AND granted AND classid = %s::oid AND objid = ANY(%s::oid[])
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
 _BUILD_RATE = """
     SELECT rows * 1000 / duration_ms FROM index_builds
     WHERE index_name = 'embeddings_vector_idx' AND rows >= %s AND duration_ms > 0 ORDER BY id DESC LIMIT 1
@@ -145,11 +141,14 @@ def _loading(
         try:  # from here on: one index may be dropped where the other cannot be
             tables = choose_tables()
             drop_vector_indexes(connection, tables)
+            faults.point("bulk_load.dropped")
             with model.indexes_deferred():
                 yield tables
+            faults.point("bulk_load.loaded")
         finally:
             if model.registered is not None and not connection.closed:
                 ensure_vector_indexes(connection, model.registered)
+                faults.point("bulk_load.built")
 
 
 def _refuse_while_paused(connection: Connection[Any]) -> None:
@@ -192,7 +191,6 @@ def warn_of_missing_indexes(database: Database, model: Model | None) -> None:
         return
     with database.connection() as connection:
         missing = [name for (name,) in connection.execute(_MISSING)]
-        builders = [Purpose.BULK_LOAD, Purpose.INDEX_BUILD]
-        if missing and not connection.execute(_UNDER_WAY, (LOCK_CLASS, list(map(int, builders)))).fetchone():
+        if missing and not is_held(connection, Purpose.BULK_LOAD, Purpose.INDEX_BUILD):
             extra = {"indexes": missing, "effect": "searches compare all rows", "remedy": "run 'vectorkeep maintain'"}
             logger.warning("vector_index.missing", extra=extra)

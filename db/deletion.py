@@ -5,6 +5,7 @@ from typing import Any
 
 from psycopg import Cursor
 
+from . import faults
 from .transactions import WriteTransaction
 from .types import DeleteResult
 
@@ -16,11 +17,11 @@ _CREATE_DOOMED = """
 # that a writer committed meanwhile is missed, nothing that came in later is taken along.
 _DOOM_IDS = """
     INSERT INTO vectorkeep_doomed
-    SELECT id, source_id, workspace FROM embeddings WHERE id = ANY(%s) ORDER BY id FOR UPDATE
+    SELECT id, source_id, workspace FROM embeddings WHERE id = ANY(%s) ORDER BY id COLLATE "C" FOR UPDATE
 """
 _DOOM_SOURCE = """
     INSERT INTO vectorkeep_doomed
-    SELECT id, source_id, workspace FROM embeddings WHERE source_id = %s ORDER BY id FOR UPDATE
+    SELECT id, source_id, workspace FROM embeddings WHERE source_id = %s ORDER BY id COLLATE "C" FOR UPDATE
 """
 _DELETE_CHUNKS = "DELETE FROM chunks USING vectorkeep_doomed AS doomed WHERE chunks.document_id = doomed.id"
 _DELETE_DETACHED_OF_SOURCE = """
@@ -59,9 +60,12 @@ def delete_source(transaction: WriteTransaction, source_id: str, *, cascade: boo
 
 
 def _delete_doomed(transaction: WriteTransaction) -> int:
+    faults.point("delete.chunks")
     for source_id, workspace in transaction.cursor.execute(_TOUCHED).fetchall():
         transaction.touch(source_id, workspace)
-    return _count(transaction.cursor, _DELETE_DOCUMENTS)
+    deleted = _count(transaction.cursor, _DELETE_DOCUMENTS)
+    faults.point("delete.documents")
+    return deleted
 
 
 def _count(cursor: Cursor[Any], statement: str) -> int:

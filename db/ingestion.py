@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import psycopg
 from psycopg import errors as pg
 
+from . import faults
 from .batch_codec import BatchCodec, vectors_of
 from .change_detection import ItemChange, changed_ids, changed_items
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
@@ -34,6 +35,11 @@ H = TypeVar("H", bound=HashedItem)
 # the rest goes through. 57014 is a statement that took too long.
 _REFUSALS = ("0A", "22", "23", "44", "54", "P0")
 
+_MAY_WRITE = """
+    SELECT bool_and(has_table_privilege(name, 'SELECT') AND has_table_privilege(name, 'INSERT')
+                    AND has_table_privilege(name, 'UPDATE') AND has_table_privilege(name, 'DELETE'))
+    FROM unnest(ARRAY['embeddings', 'chunks']) AS name
+"""
 _IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM embeddings)"
 
 
@@ -121,6 +127,7 @@ class Ingestion:
         to_embed = [item for item in items if item.id in changed and not changed[item.id].vector_stays]
         stored = {id_ for id_, change in changed.items() if change.stored}
         embedded = embedder.embed_items(to_embed, stored)
+        faults.point("embed.embedded")
         codec = BatchCodec(self.model, (vector for item in embedded.values() for vector in item.vectors))
         documents = []
         for item in items:
@@ -155,6 +162,17 @@ class Ingestion:
 
         return retried(look)
 
+    def _is_refusal(self, exc: psycopg.Error) -> bool:
+        """Whether it may be one document alone that the server does not take."""
+        if isinstance(exc, pg.InsufficientPrivilege):  # a policy refuses single rows, a missing right all of them
+            return retried(self._may_write)
+        return (exc.sqlstate or "").startswith(_REFUSALS) or exc.sqlstate == "57014"
+
+    def _may_write(self) -> bool:
+        with self.database.connection() as connection:
+            [(may,)] = connection.execute(_MAY_WRITE).fetchall()
+        return bool(may)
+
     def _write(self, batch: UpsertBatch, tally: Tally) -> dict[str, Outcome | Literal["failed"]]:
         """Write `batch`; one that the server refuses is halved until the culprit is alone."""
         if not batch.documents:
@@ -163,7 +181,7 @@ class Ingestion:
             outcomes: Mapping[str, Outcome] = run_write(self.database, batch.write, after_commit=self.after_commit)
         except psycopg.Error as exc:
             first, *others = batch.documents
-            if not _is_refusal(exc) or (not others and isinstance(exc, pg.QueryCanceled)):
+            if not self._is_refusal(exc) or (not others and isinstance(exc, pg.QueryCanceled)):
                 raise  # one row that takes too long says nothing of the row: the server is slow, or was told to stop
             if not others:
                 tally.fail(first.id, f"refused by the server: {_reason(exc)}")
@@ -210,10 +228,6 @@ def _checked(batch: Sequence[Any], check: Callable[[Any], H], tally: Tally) -> l
             tally.supersede()
         valid[checked.id] = checked
     return list(valid.values())
-
-
-def _is_refusal(exc: psycopg.Error) -> bool:
-    return (exc.sqlstate or "").startswith(_REFUSALS) or exc.sqlstate == "57014"
 
 
 def _reason(exc: psycopg.Error) -> str:

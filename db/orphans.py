@@ -10,6 +10,7 @@ from typing import Any
 from psycopg import Connection, sql
 from psycopg import errors as pg
 
+from . import faults
 from .engine import Database
 from .transactions import LoggedWrite, WriteTransaction, run_write
 from .types import CleanupResult, Progress
@@ -88,7 +89,9 @@ def remove_orphans(
             f"Removed {removed['chunks']} orphaned chunks",
             f"Removed {removed['embeddings']} documents without any vector",
         ]
+        faults.point("cleanup.committed")
         vacuumed = _vacuum(connection, details)
+        faults.point("cleanup.vacuumed")
         _validate_foreign_key(connection, details)
         reclaimed = max(0, size_before - _size(connection))
     details.append(f"Reclaimed {reclaimed} bytes")
@@ -125,6 +128,7 @@ def _remove_batch(
     if not ids:
         return 0, None
     gone = transaction.cursor.execute(_DELETE_BATCH.format(**parts), {"ids": ids, "min_age": min_age}).fetchall()
+    faults.point("cleanup.removed")
     # Else this session may report the dead rows after VACUUM has reported that there are none.
     transaction.cursor.execute("SELECT pg_stat_force_next_flush()")
     for source_id, workspace in gone:

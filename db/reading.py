@@ -9,7 +9,7 @@ import sqlalchemy
 from psycopg import Connection, sql
 from sqlalchemy import LargeBinary, func, insert, select
 
-from . import vectors
+from . import faults, vectors
 from .config import Consistency
 from .embedding_model import Model
 from .engine import LIFE, Database, StoreConnection
@@ -63,7 +63,9 @@ def search(
         if answer.life != connection.identity.life:  # restarted behind a pooler, restored, or another role was set
             database.identify(connection)
     if slot is not None and slot.life == answer.life:
+        faults.point("cache.computed")
         cache.store(slot, answer.result, answer.snapshot)
+        faults.point("cache.stored")
     return answer.result
 
 

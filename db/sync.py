@@ -32,7 +32,7 @@ _UNSEEN = """
     ORDER BY id LIMIT %s
 """
 # Locked, in order of id: one that another writer is moving right now is waited for and read again.
-_STILL_THERE = "SELECT id FROM embeddings WHERE id = ANY(%s) AND source_id = %s ORDER BY id FOR UPDATE"
+_STILL_THERE = 'SELECT id FROM embeddings WHERE id = ANY(%s) AND source_id = %s ORDER BY id COLLATE "C" FOR UPDATE'
 
 
 class SourceSync:

@@ -15,6 +15,7 @@ import stamina
 from psycopg import Cursor, sql
 from psycopg import errors as pg
 
+from . import faults
 from .embedding_model import Model
 from .engine import Database
 from .errors import PausedError, UnavailableError, is_transient
@@ -121,7 +122,9 @@ def run_write(
     """
     outcome, logged = waiting_for_resume(lambda: retried(lambda: _run_once(database, work)), database)
     if logged is not None:
+        faults.point("write.committed")
         after_commit(logged)
+        faults.point("write.told")
     return outcome
 
 
@@ -192,6 +195,7 @@ def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tupl
                 tags = bounded_tags(transaction.tags)
                 [(log_id, xid)] = cursor.execute(_LOG_WRITE, (tags,)).fetchall()
                 attempt = _Attempt(xid, outcome, LoggedWrite(log_id, tags))
+                faults.point("write.logged")
         except pg.LockNotAvailable as exc:
             raise UnavailableError(
                 f"another session holds rows that this would write: {exc.diag.message_primary}; try again later"

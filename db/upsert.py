@@ -22,7 +22,7 @@ _INSERT_NEW = sql.SQL("""
                             model_id, embedding, metadata, created_at, updated_at)
     SELECT id, source_id, workspace, text, text_hash, content_hash, vector_hash, chunks_hash,
            model_id, embedding, metadata, coalesce(created_at, %(now)s), updated_at
-    FROM vectorkeep_documents WHERE id = ANY(%(ids)s) ORDER BY id
+    FROM vectorkeep_documents WHERE id = ANY(%(ids)s) ORDER BY id COLLATE "C"
     {on_conflict}
     RETURNING id
 """)

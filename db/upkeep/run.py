@@ -11,6 +11,7 @@ import psycopg
 from psycopg import Connection
 from psycopg import errors as pg
 
+from .. import faults
 from ..embedding_model import Model
 from ..engine import Database
 from ..errors import VectorKeepError
@@ -75,6 +76,7 @@ class Run:
             return
         self.tell(name, None)
         outcome, details = self._outcome(name, work)
+        faults.point(f"maintain.{name}")
         self.steps.append(Step(name, outcome, details, (time.perf_counter() - started) * 1000))
 
     def _outcome(self, name: str, work: Callable[["Run"], str]) -> tuple[Outcome, str]:
@@ -86,7 +88,8 @@ class Run:
         except (NotPermitted, pg.InsufficientPrivilege) as exc:
             return "not permitted", str(exc).strip()
         except (psycopg.Error, VectorKeepError) as exc:
-            if (reason := self.interruption.reason) and isinstance(exc, pg.QueryCanceled):
+            stopped = isinstance(exc, pg.QueryCanceled) or isinstance(exc.__cause__, pg.QueryCanceled)
+            if stopped and (reason := self.interruption.reason):
                 return "not reached", f"stopped: {reason}"
             details = str(exc).strip()
             logger.warning("maintain.step_failed", extra={"step": name, "reason": details})

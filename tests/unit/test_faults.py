@@ -28,6 +28,12 @@ def test_a_point_that_is_named_fails_or_dies_and_others_go_on():
     assert run("three:kill", code).returncode == 0
 
 
+def test_a_point_may_be_passed_some_times_first():
+    code = "from db import faults; [print(faults.point('one'), flush=True) for _ in range(5)]"
+    killed = run("one:kill@3", code)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "None\n" * 2)
+
+
 def test_a_process_that_stands_still_can_be_sent_on():
     code = "from db import faults; print('here', flush=True); faults.point('one'); print('there')"
     process = subprocess.Popen(
