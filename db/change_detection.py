@@ -48,7 +48,7 @@ _LOCK_STORED = """
     SELECT id, source_id, workspace, text_hash, content_hash, vector_hash, chunks_hash, model_id,
            vector_hash IS NULL AND embedding IS NOT NULL,
            chunks_hash IS NULL AND EXISTS (SELECT FROM chunks WHERE chunks.document_id = embeddings.id)
-    FROM embeddings WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE
+    FROM embeddings WHERE id = ANY(%s) ORDER BY id COLLATE "C" FOR NO KEY UPDATE
 """
 
 

@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     @pydantic.field_validator("redis_url", mode="before")
     @classmethod
     def _no_cache(cls, value: Any) -> Any:
-        return False if isinstance(value, str) and value.lower() in ("false", "off", "") else value
+        return False if isinstance(value, str) and value.lower() in ("none", "false", "off", "") else value
 
     @classmethod
     def load(cls, given: Mapping[str, Any]) -> Self:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -160,7 +160,10 @@ class Facts:
         server = self.server
         if not self.valid or server.scans > 0 or server.last_scan is not None:
             return self.valid
-        return None if server.counted_for is None or server.counted_for < UNUSED_AFTER else False
+        if server.counted_for is None:
+            return None
+        existed = server.counted_for if self.built is None else datetime.now(UTC) - self.built.at
+        return None if min(server.counted_for, existed) < UNUSED_AFTER else False
 
     @property
     def bytes_per_row(self) -> float | None:

@@ -27,6 +27,15 @@ _HOLDER = """
 """
 
 
+_HELD = """
+    SELECT FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND pid <> pg_backend_pid()
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND classid = %s::oid AND objid = ANY(%s::oid[])
+    LIMIT 1
+"""
+
+
 class Purpose(IntEnum):
     """What an advisory lock of ours protects."""
 
@@ -59,6 +68,11 @@ def advisory_lock(connection: Connection[Any], purpose: Purpose, *, wait_s: floa
     """Hold the lock of `purpose` on `connection`. Raises BusyError that says who has it."""
     with _locked(connection, (LOCK_CLASS, int(purpose)), purpose.name.lower(), wait_s):
         yield
+
+
+def is_held(connection: Connection[Any], *purposes: Purpose) -> bool:
+    """Whether another session has one of the locks."""
+    return connection.execute(_HELD, (LOCK_CLASS, list(map(int, purposes)))).fetchone() is not None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from .engine import BACKGROUND_WAIT_S, Database
 from .errors import BusyError, VectorKeepError, translated
 from .index_health import inspect_indexes
 from .locks import Purpose, advisory_lock
-from .types import MaintenanceResult
+from .types import IndexReport, MaintenanceResult
 from .upkeep import cleanup, compaction, indexes
 from .upkeep.run import MaintenancePlan, Run
 from .vector_index import drop_leftovers
@@ -26,13 +26,15 @@ __all__ = ["MaintenancePlan", "before_close", "maintain"]
 _TIDY_WAIT_MS = 2000
 
 # A store is not maintained by itself before its model has been there for as long, nor by who may not record it.
+# The state of another role's session is NULL to a role without pg_read_all_stats: such a session counts as busy.
 _IS_DUE = """
     SELECT greatest((SELECT max(finished_at) FROM maintenance_runs WHERE success),
                     (SELECT min(created_at) FROM embedding_models)) < now() - make_interval(secs => %s)
            AND has_table_privilege('maintenance_runs', 'INSERT')
            AND NOT EXISTS (SELECT FROM pg_stat_activity
-                           WHERE datname = current_database() AND backend_type = 'client backend'
-                             AND pid <> pg_backend_pid() AND state <> 'idle')
+                           WHERE datname = current_database() AND pid <> pg_backend_pid()
+                             AND (backend_type = 'client backend' OR backend_type IS NULL AND usesysid IS NOT NULL)
+                             AND state IS DISTINCT FROM 'idle')
 """
 _RECORD_RUN = """
     INSERT INTO maintenance_runs (operation, success, details, started_at)
@@ -65,7 +67,7 @@ def maintain(
         finally:
             _tidy(run)
         _record(run)
-        reports = inspect_indexes(connection, model)
+        reports = _inspected(run)
     return MaintenanceResult(
         steps=run.steps,
         index_rebuilt=run.index_built,
@@ -114,6 +116,17 @@ def _clean_up(run: Run, deliver: Callable[[], str] | None) -> None:
     run.step("retire cached vectors", cleanup.retire_vectors)
     run.step("retire previous tables", cleanup.retire_previous_tables)
     run.step("remove leftovers", cleanup.remove_leftovers)
+
+
+def _inspected(run: Run) -> list[IndexReport]:
+    """How the indexes are now; not told of a run that was stopped."""
+    if run.interruption.reason is not None:
+        return []
+    try:
+        with run.interruption.watching(run.connection):
+            return inspect_indexes(run.connection, run.model)
+    except psycopg.errors.QueryCanceled:
+        return []
 
 
 def _tidy(run: Run) -> None:

@@ -91,7 +91,9 @@ class OpenParts:
         """Deliver to Redis what no process has. Says how many writes that was. Raises UnavailableError."""
         if self.cache is None:
             return "there is no cache"
-        delivered = self.cache.deliver_undelivered()
+        delivered = 0
+        while some := self.cache.deliver_undelivered():
+            delivered += some
         return f"delivered {delivered} writes" if self.cache.breaker.closed else "Redis cannot be reached now"
 
     def mark_closed(self) -> bool:

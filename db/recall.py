@@ -159,7 +159,10 @@ class _Measurement:
         planned = self.searcher.indexes_planned(self.connection, query, self.model)
         indexed, indexed_ms = self._timed(query)
         by_index = self.index in planned and not indexed.exact
-        reached = self._reaches_itself(question) if question.row_id is not None and by_index else None
+        # One that was planned by index and compared all rows in the end: the index brought too few of them.
+        ran_dry = self.index in planned and indexed.exact and self.request.filter == Filter()
+        looked_up = question.row_id is not None and (by_index or ran_dry)
+        reached = self._reaches_itself(question) if looked_up else None
         exact, exact_ms = self._exactly(query)
         if reached is False and not self._is_there(question):
             reached = None
@@ -207,6 +210,8 @@ class _Measurement:
         """Whether a row is found by its own vector, at last with the most patient search. Ties will do."""
         for ef_search in sorted({self.request.ef_search, MAX_EF_SEARCH}):
             hits = self._through_index(self._query(question, ef_search, itself=True))
+            if hits.exact:
+                continue  # the index brought too few, so all rows were compared
             own = self._distance_to_itself(question)
             if any(hit.id == question.row_id for hit in hits) or hits[-1].distance <= own + self._rounding(own):
                 return True

@@ -26,7 +26,7 @@ _RECORD = """
 # Searches without a filter, through the index as it is now.
 _NEWEST = """
     SELECT recall, recall_low, recall_high, target, ef_search, created_at, looked_up, unreachable, zero_vectors, rows,
-           changes
+           changes, recommended_ef_search
     FROM recall_measurements
     WHERE model_id = %(model_id)s AND level = %(level)s AND NOT filtered
       AND created_at > coalesce(
@@ -50,6 +50,7 @@ class PastMeasurement:
     zero_vectors: int
     rows: int
     changes: int | None
+    recommended_ef_search: int | None
 
 
 def record_measurement(connection: Connection[Any], model: Model, report: RecallReport, *, filtered: bool) -> None:

@@ -18,7 +18,7 @@ from .config import Distance, Settings
 from .embedding_model import Model
 from .engine import BACKGROUND_WAIT_S, Database, connect_directly
 from .errors import DimensionError, PermissionDeniedError, SchemaError, ValidationError
-from .locks import Purpose, advisory_lock
+from .locks import Purpose, advisory_lock, is_held
 from .models import MAX_INDEXED_DIMENSIONS
 from .vector_index import ensure_vector_indexes
 
@@ -122,7 +122,8 @@ class StoreModel:
                 with self._database.maintenance() as connection:
                     registered = active_model(connection) or _register(connection, model)
                     self._check_wanted(registered)
-                    if not self._deferring:
+                    # Who loads builds at the end of the load.
+                    if not self._deferring and not is_held(connection, Purpose.BULK_LOAD):
                         ensure_vector_indexes(connection, registered)
                 self._registered = registered
             return self._registered

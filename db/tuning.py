@@ -24,7 +24,7 @@ _LEAST_S = 1.0
 _DEFAULT: int = Settings.model_fields["ef_search"].default
 
 _STATE = """
-    SELECT coalesce(index.indisvalid, false), greatest(reltuples, 0)::bigint,
+    SELECT coalesce(index.indisvalid, false), greatest(reltuples, coalesce(n_live_tup, 0))::bigint,
            n_tup_ins + n_tup_upd - n_tup_hot_upd + n_tup_del
     FROM pg_class LEFT JOIN pg_index AS index ON index.indexrelid = to_regclass(%s)
     LEFT JOIN pg_stat_user_tables AS tables ON tables.relid = pg_class.oid
@@ -61,6 +61,8 @@ def _why_due(connection: Connection[Any], model: Model, level: Level, settings: 
         return "not measured since the index was built"
     if last.target != settings.target_recall:
         return f"the target is {settings.target_recall:g} now, and was {last.target:g}"
+    if last.recall < last.target and last.recommended_ef_search not in (None, model.ef_search):
+        return f"it was {last.recall:.3f} with ef_search {last.ef_search}, below the target of {last.target:g}"
     changed = abs(rows - last.rows)
     if changes is not None and last.changes is not None:
         changed = max(changed, changes - max(last.changes, last.rows))  # what sessions told late is no change

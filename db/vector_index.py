@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -25,6 +25,8 @@ INDEXED_TABLES: tuple[Table, ...] = (Embedding.metadata.tables["embeddings"], Ch
 # transactions, which stops nobody: that may take as long as a backup.
 _LOCK_TIMEOUT_MS = 5000
 _CONCURRENT_WAIT_MS = 600_000
+_DROP_STINT_MS = 200
+_DROP_STINTS = 8
 # Another builder of ours is waited for this long.
 _BUILDER_WAIT_S = 3600.0
 
@@ -34,10 +36,10 @@ _MIN_BUILD_MB = 64
 _MAX_BUILD_MB = 1024
 
 _IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
-# An interrupted REINDEX leaves an invalid copy; one that runs, by whomever, has one too.
+# An interrupted build leaves an invalid index, a REINDEX an invalid copy; one that runs, by whomever, has one too.
 _LEFTOVERS = """
     SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
-    WHERE NOT indisvalid AND indrelid = ANY(%s::regclass[]) AND relname ~ '_cc(new|old)[0-9]*$'
+    WHERE NOT indisvalid AND indrelid = ANY(%s::regclass[]) AND (relname ~ '_cc(new|old)[0-9]*$' OR relname = ANY(%s))
       AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running WHERE running.relid = indrelid)
     ORDER BY relname
 """
@@ -51,15 +53,19 @@ _RECORD_BUILD = """
 
 
 def ensure_vector_indexes(
-    connection: Connection[Any], model: Model, tables: Iterable[Table] = INDEXED_TABLES
+    connection: Connection[Any],
+    model: Model,
+    tables: Iterable[Table] = INDEXED_TABLES,
+    *,
+    wait_s: float = _BUILDER_WAIT_S,
 ) -> list[str]:
     """Build the vector indexes that are missing or invalid, on a maintenance connection. Returns their names.
 
     Online on a table with rows. Where the role may not, or another session holds the table for long, a warning
-    is logged and searches stay exact.
+    is logged and searches stay exact. Raises BusyError where another process builds for longer than `wait_s`.
     """
     built = []
-    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=_BUILDER_WAIT_S):
+    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=wait_s):
         for table in tables if model.indexed else ():
             if not _is_valid(connection, table) and _try_build(connection, table, model):
                 built.append(vector_index_name(table.name))
@@ -72,10 +78,15 @@ def drop_vector_indexes(connection: Connection[Any], tables: Iterable[Table]) ->
         _drop(connection, vector_index_name(table.name))
 
 
-def rebuild_vector_index(connection: Connection[Any], model: Model, table: Table, rows: int) -> None:
-    """REINDEX online; an interrupted one leaves an invalid copy, see `drop_leftovers`."""
+def rebuild_vector_index(
+    connection: Connection[Any], model: Model, table: Table, rows: int, *, wait_s: float = _BUILDER_WAIT_S
+) -> None:
+    """REINDEX online; an interrupted one leaves an invalid copy, see `drop_leftovers`.
+
+    Raises BusyError where another process builds for longer than `wait_s`.
+    """
     name = vector_index_name(table.name)
-    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=_BUILDER_WAIT_S):
+    with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=wait_s):
         started = time.perf_counter()
         with _lock_timeout(connection, _CONCURRENT_WAIT_MS), _build_memory(connection, model, rows):
             connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
@@ -83,9 +94,10 @@ def rebuild_vector_index(connection: Connection[Any], model: Model, table: Table
 
 
 def leftovers(connection: Connection[Any]) -> list[str]:
-    """Invalid copies of indexes that interrupted rebuilds left: they serve nobody and slow every write."""
+    """Invalid indexes that interrupted builds left: they serve nobody and slow every write."""
     tables = [table.name for table in INDEXED_TABLES]
-    return [name for (name,) in connection.execute(_LEFTOVERS, (tables,)).fetchall()]
+    names = [vector_index_name(table) for table in tables]
+    return [name for (name,) in connection.execute(_LEFTOVERS, (tables, names)).fetchall()]
 
 
 def drop_leftovers(connection: Connection[Any], *, wait_ms: int = _CONCURRENT_WAIT_MS) -> list[str]:
@@ -111,8 +123,24 @@ def build_unused_index(connection: Connection[Any], table: Table, model: Model, 
 
 
 def _drop(connection: Connection[Any], name: str) -> None:
-    with _lock_timeout(connection):
-        connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
+    """Drop an index that may be in use. Others queue behind a DROP that waits: it waits in short stints.
+
+    Raises LockNotAvailable where none of them got the lock.
+    """
+    statement = sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name))
+    for _ in range(_DROP_STINTS - 1):
+        with suppress(pg.LockNotAvailable), _lock_timeout(connection, _DROP_STINT_MS):
+            connection.execute(statement)
+            return
+        time.sleep(2 * _DROP_STINT_MS / 1000)
+    with _lock_timeout(connection, _DROP_STINT_MS):
+        connection.execute(statement)
+
+
+def _drop_unfinished(connection: Connection[Any], name: str) -> None:
+    """Drop an index that serves nobody: nobody queues behind that."""
+    with _lock_timeout(connection, _CONCURRENT_WAIT_MS):
+        connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
 
 
 def _record(connection: Connection[Any], table: Table, rows: int, started: float) -> None:
@@ -132,7 +160,7 @@ def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
     started = time.perf_counter()
     [(rows,)] = connection.execute(_COUNT_VECTORS.format(sql.Identifier(table.name))).fetchall()
     try:
-        _drop(connection, name)  # an interrupted build leaves an invalid index behind
+        _drop_unfinished(connection, name)  # an interrupted build leaves an invalid index behind
         with _lock_timeout(connection, _CONCURRENT_WAIT_MS if rows else _LOCK_TIMEOUT_MS):
             _build(connection, table, model, rows)
     except (pg.InsufficientPrivilege, pg.LockNotAvailable) as exc:
@@ -152,7 +180,7 @@ def _build(connection: Connection[Any], table: Table, model: Model, rows: int) -
                 connection.execute(statement.encode())
         except pg.DiskFull:
             # A parallel build keeps the graph in shared memory, which containers limit to 64 MB.
-            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(name)))
+            _drop_unfinished(connection, name)
             connection.execute("SET max_parallel_maintenance_workers = 0")
             with _spill_notices(connection, model, rows):
                 connection.execute(statement.encode())

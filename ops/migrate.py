@@ -77,7 +77,7 @@ def migrate(
         if adopt and chosen is not None:
             _adopt(cli, url, chosen)
             return None
-        before, after = upgrade(url, on_wait=cli.output.say)
+        before, after = upgrade(url, lock_timeout_s=Settings().lock_timeout_s, on_wait=cli.output.say)
         if chosen is not None and chosen.dimensions is not None:
             cli.output.say(f"registering {chosen.model_id} and building its indexes")
             registry.register_model(url, chosen.model_id, chosen.dimensions, chosen.distance.value)
