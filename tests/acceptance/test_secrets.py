@@ -96,11 +96,16 @@ def test_no_command_that_works_tells(urls, folder, secret, tmp_path):
         assert secret not in ran.out + ran.err, arguments
 
 
+def elsewhere(address):
+    """Makes a URL one of `address`; one of a socket names its folder in the query."""
+    return lambda url: re.sub(r"@[^/?]*([^?]*).*", rf"@{address}\1", url)
+
+
 FAULTS = {
     "wrong password": lambda url: url.replace("s3cret", "s3cretwrong"),
-    "nobody listens": lambda url: re.sub(r"@[^/?]*", "@127.0.0.1:9", url),
-    "no such host": lambda url: re.sub(r"@[^/?]*", "@nowhere.invalid", url),
-    "port is no number": lambda url: re.sub(r"@[^/?]*", "@127.0.0.1:port", url),
+    "nobody listens": elsewhere("127.0.0.1:9"),
+    "no such host": elsewhere("nowhere.invalid"),
+    "port is no number": elsewhere("127.0.0.1:port"),
     "not encoded": lambda url: re.sub(r"%2F|%3A|%40", "/", url),
     "other scheme": lambda url: url.replace("://", "ql://"),
     "unknown option": lambda url: f"{url}{'&' if '?' in url else '?'}nonsense=1",
@@ -179,9 +184,13 @@ def test_a_store_tells_nobody(urls, secret, caplog, debug):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_error_tells_nobody(urls, secret, caplog, fault):
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(db.VectorKeepError) as refused:
+    told = ""
+    try:
         db.connect(FAULTS[fault](urls[0]), urls[1]).close()
-    assert secret not in everything_about(refused.value)
+    except db.VectorKeepError as exc:
+        told = everything_about(exc)
+    assert told or (fault == "wrong password" and "host=" in urls[0]), "a socket asks for no password"
+    assert secret not in told
     told = ""
     try:
         with db.connect(urls[0], FAULTS[fault](urls[1]), model_id="m", dimensions=8) as store:
