@@ -20,6 +20,7 @@ from pgvector.sqlalchemy import VECTOR
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.types import TypeEngine
 
+from db import faults
 from db.config import Settings, libpq_url
 from db.errors import SchemaError, VectorKeepError
 from db.migration_session import BlockerWatch, direct_engine, explained, migration_session
@@ -118,6 +119,7 @@ def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
             compare_type=differs_in_type,
             compare_server_default=True,
             include_name=include_name,
+            on_version_apply=end_of_step,
         )
         if context.get_context().opts["fn"].__name__ not in CHANGING:
             with context.begin_transaction():
@@ -137,6 +139,11 @@ def migrate(connection: Connection, watch: BlockerWatch | None = None) -> None:
         if ours is None:
             raise
         raise ours from exc
+
+
+def end_of_step(*, step: Any, **_: object) -> None:
+    """All of a step is done, and not yet committed."""
+    faults.point(f"migrate.{step.up_revision_id}")
 
 
 def include_name(name: str | None, kind: str, _parents: object) -> bool:
