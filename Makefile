@@ -24,7 +24,7 @@ endif
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-6s %s\n' "$$name" "$$text"; done
-	@echo '  Variables: PYTHON=python3.12 (3.11 or later), PYTEST_ARGS="-n 2 -k upsert"'
+	@echo '  Variables: PYTHON=python3.12 (3.11 or later), PYTEST_ARGS="-n 2 -k upsert"; of faults: MINUTES=60 SEED=any'
 
 demo: .venv/.demo  ## install into .venv and run the main job on real text, in embedded servers
 	.venv/bin/vectorkeep demo

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(
 
 def run(seed, seconds, **options):
     report = conductor.run(conductor.Plan(seed, seconds, **options))
-    print(*report.lines(3), sep="\n")
+    print(*report.lines(), sep="\n")
     return report
 
 
 def test_nothing_is_lost_stale_or_half_under_faults():
     report = run("continuous", 75, round_s=25)
     told = report.as_dict()
-    assert report.ok, "\n".join(report.lines(3))
+    assert report.ok, "\n".join(report.lines())
     assert told["faults_injected"] == told["faults_survived"] >= 15
     assert report.findings.reads["strict cached"] > 20
 
@@ -45,7 +45,7 @@ def test_without_the_fence_writers_that_cannot_reach_redis_make_reads_stale():
 
 def test_without_invalidation_the_fence_alone_keeps_reads_true():
     report = run("no invalidation", 10, mutations=("no invalidation",), families=("network",), at_points=False)
-    assert report.ok, "\n".join(report.lines(3))
+    assert report.ok, "\n".join(report.lines())
     assert report.findings.reads["strict cached"]
 
 

@@ -4,6 +4,9 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 
+import psycopg
+import redis
+
 import db
 
 from . import content
@@ -40,9 +43,11 @@ class Plan:
 
 def run(plan, tell=lambda line: None):
     """Run rounds until the time is over; the report of all of them."""
-    report = Report(plan.seed)
+    report = Report(plan.seed, SETTINGS["bounded_ttl_s"])
     with closing(Servers()) as servers:
         prepare(servers)
+        report.machine = servers.machine()
+        tell(f"seed {plan.seed}, {report.machine}")
         started = time.monotonic()
         faults = deck(seeded(plan.seed, "deck"), plan.families, plan.faults)
         baseline = {}
@@ -98,7 +103,7 @@ def _strike(world, ledger, faults, report, until):
     while now() < until:
         world.pause(0.1, 2)
         fault = next(faults)
-        struck = fault.inject(world)
+        struck = _inject(fault, world)
         if struck is False:
             report.missed[f"{fault.family}: {fault.name}"] += 1
         elif fault.family == "worker":
@@ -107,6 +112,15 @@ def _strike(world, ledger, faults, report, until):
             over = now()
             recovered = ledger.first_ack(over, RECOVERY_S)
             report.struck(fault.family, fault.name, recovered and (recovered - over) / 1e6)
+
+
+def _inject(fault, world):
+    """False where there was nothing to strike, or a lock that the harness wanted was not to be had."""
+    try:
+        return fault.inject(world)
+    except (psycopg.Error, redis.RedisError):
+        world.servers.wait_until_postgres_serves()
+        return False
 
 
 def _note_deaths(crew, ledger, report):

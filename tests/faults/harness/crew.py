@@ -15,7 +15,7 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([workload.__name__])
 
 SETTINGS = {
-    "pool_max": 3,
+    "pool_max": 2,
     "pool_timeout_s": 5,
     "statement_timeout_s": 5,
     "bounded_ttl_s": 3,
@@ -136,7 +136,7 @@ class Crew:
 
     def _fault(self, reads):
         if reads:
-            return "", f"{self.rng.choice(READER_POINTS)}:kill@{self.rng.randint(1, 50)}"
+            return "", f"{self.rng.choice(READER_POINTS)}:kill@{self.rng.randint(1, 300)}"
         operation = self.rng.choice(list(POINTS))
         return operation, f"{self.rng.choice(POINTS[operation])}:kill@{self.rng.randint(1, 4)}"
 

@@ -31,14 +31,15 @@ class Fault:
     family: str
     name: str
     inject: Callable[[World], bool | None]  # False where there was nothing to strike
+    often: int = 1
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(family, name):
+def fault(family, name, often=1):
     def register(inject):
-        FAULTS.append(Fault(family, name, inject))
+        FAULTS.append(Fault(family, name, inject, often))
         return inject
 
     return register
@@ -47,7 +48,7 @@ def fault(family, name):
 # -- workers ---------------------------------------------------------------------------------------------
 
 
-@fault("worker", "kill -9")
+@fault("worker", "kill -9", often=6)  # each brings one that dies at a named point, perhaps
 def kill_worker(world):
     world.crew.kill()
 
@@ -324,11 +325,11 @@ class _undone:
 
 
 def deck(rng, families=(), names=()):
-    """All faults in random order, again and again: each comes as often as any other."""
+    """All faults in random order, again and again."""
     chosen = [
         fault for fault in FAULTS if (not families or fault.family in families) and (not names or fault.name in names)
     ]
     while True:
-        shuffled = list(chosen)
+        shuffled = [fault for fault in chosen for _ in range(fault.often)]
         rng.shuffle(shuffled)
         yield from shuffled

@@ -1,10 +1,13 @@
 """What a worker tells of itself: one line of JSON an event, through a pipe that outlives it."""
 
+import itertools
 import json
 import os
 import threading
 import time
 from dataclasses import dataclass, field
+
+_DISORDER_NS = 60_000_000_000  # no line comes later than this behind another's
 
 
 def now():
@@ -76,15 +79,18 @@ class Ledger:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
-                for operation in reversed(self.operations):
-                    if operation["at"] < after - 60_000_000_000:
-                        break
-                    if operation["at"] > after and operation["acked"] and slot in (None, operation["slot"]):
-                        return operation["acked"]
+                if acked := self._acked(after, slot):
+                    return min(acked)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
                 self._changed.wait(min(left, 1))
+
+    def _acked(self, after, slot):
+        """When writes were acknowledged that began `after`."""
+        late = itertools.takewhile(lambda operation: operation["at"] > after - _DISORDER_NS, reversed(self.operations))
+        mine = (operation for operation in late if slot in (None, operation["slot"]))
+        return [operation["acked"] for operation in mine if operation["at"] > after and operation["acked"]]
 
     def versions(self, slot):
         """The last intended [version, source] of each document of `slot`."""

@@ -13,6 +13,8 @@ class Report:
     """The sum of all rounds. `recoveries` are milliseconds from the end of a fault to the next acknowledged write."""
 
     seed: str
+    bounded_ttl_s: float
+    machine: str = ""
     rounds: int = 0
     seconds: float = 0.0
     injected: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
@@ -43,6 +45,7 @@ class Report:
         return {
             "ok": self.ok,
             "seed": self.seed,
+            "machine": self.machine,
             "rounds": self.rounds,
             "seconds": round(self.seconds, 1),
             "faults": {
@@ -60,6 +63,7 @@ class Report:
             "reads": dict(found.reads),
             "stale_reads": len(found.stale),
             "bounded_staleness_ms": round(found.bounded_staleness_ms, 1),
+            "bounded_bound_ms": self.bounded_ttl_s * 1000,
             "duplicates": len(found.twice),
             "half_documents": len(found.half),
             "other": len(found.other),
@@ -70,11 +74,12 @@ class Report:
             "details": [*found.lost, *found.stale, *found.half, *found.twice, *found.other][:SHOWN],
         }
 
-    def lines(self, bounded_ttl_s):
+    def lines(self):
         """The report for people."""
         told = self.as_dict()
-        reads = told["reads"]
-        yield f"seed {self.seed}: {self.rounds} rounds, {self.seconds:.0f} s: {'ok' if self.ok else 'FAILED'}"
+        reads, bound_ms = told["reads"], told["bounded_bound_ms"]
+        yield f"seed {self.seed}, {self.machine}: {self.rounds} rounds, {self.seconds:.0f} s"
+        yield "  nothing was found" if self.ok else "  FAILED"
         for family, names in sorted(told["faults"].items()):
             times = told["recovery_ms_by_family"].get(family, {})
             yield f"  {family}: recovery p50 {times.get('p50')} ms, p99 {times.get('p99')} ms"
@@ -85,7 +90,7 @@ class Report:
         for mode in ("strict", "bounded"):
             yield f"  {mode + ' reads':30} {reads.get(mode, 0):9}   from the cache {reads.get(f'{mode} cached', 0)}"
         yield f"  stale reads {told['stale_reads']}, duplicates {told['duplicates']}, other {told['other']}"
-        yield f"  oldest bounded read {told['bounded_staleness_ms']:.0f} ms; the bound is {bounded_ttl_s * 1000} ms"
+        yield f"  oldest bounded read {told['bounded_staleness_ms']:.0f} ms; the bound is {bound_ms} ms"
         p50, p99 = (told["recovery_ms"][name] for name in ("p50", "p99"))
         yield f"  recovery p50 {p50} ms, p99 {p99} ms; connections leaked {told['connections_leaked']}"
         yield f"  refused with an error of ours: {told['refused']}"

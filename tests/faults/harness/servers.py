@@ -1,6 +1,7 @@
 """A PostgreSQL and a Valkey of the harness's own, to be killed and started again, each behind proxies."""
 
 import os
+import platform
 import signal
 import subprocess
 import tempfile
@@ -48,6 +49,12 @@ class Servers:
 
     def connect(self, **options):
         return psycopg.connect(self.url, autocommit=True, application_name="fault harness", **options)
+
+    def machine(self):
+        with self.connect() as connection:
+            version = connection.info.server_version
+        python, cores = platform.python_version(), len(os.sched_getaffinity(0))
+        return f"{cores} cores, Python {python}, PostgreSQL {version // 10_000}.{version % 10_000}"
 
     def redis(self):
         return redis.Redis(unix_socket_path=str(self.valkey.socket_path), socket_timeout=10)

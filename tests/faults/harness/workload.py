@@ -128,7 +128,7 @@ class WriterWorker:
 class ReaderWorker:
     """Searches through the cache and reads by id, in several threads on a small pool."""
 
-    THREADS = 2
+    THREADS = 3  # more than connections: they wait for one another
 
     def __init__(self, store, orders, ledger):
         self.store, self.ledger, self.orders = store, ledger, orders
