@@ -25,11 +25,19 @@ from .engine import Database
 from .errors import ValidationError, translated
 from .ingestion import Ingestion
 from .locks import Purpose, advisory_lock
-from .migration_session import BlockerWatch
 from .opening import OpenParts
 from .pause import MAX_TTL_S
 from .rebuild_plan import Items, RebuildPlan, RebuildResult, target_model
-from .rebuild_runs import FAILED, SWAPPED, advance_run, begin_run, clear_remains_locked, end_run, model_to
+from .rebuild_runs import (
+    FAILED,
+    SWAPPED,
+    advance_run,
+    begin_run,
+    clear_remains_locked,
+    end_run,
+    model_to,
+    previous_oids,
+)
 from .registry import StoreModel
 from .shadow import (
     SHADOW,
@@ -46,7 +54,7 @@ from .shadow import (
 )
 from .shadow_checks import Side, measured_recall, neighbour_overlap
 from .shadow_fill import Revectoring, carry_over, copy_rows, count_kept, warm_vector_cache
-from .swap import PREVIOUS, Exchange, exchange
+from .swap import PREVIOUS, Exchange, Swap
 from .tally import Tally
 from .types import Embedder, Item
 
@@ -102,6 +110,7 @@ class _Rebuild:
         self.details: list[str] = []
         self.started = time.monotonic()
         self.run_id = 0
+        self.swap: Swap | None = None
         self.counts = {"copied": 0, "ingested": 0}
         self.figures: dict[str, float | None] = {}
 
@@ -126,12 +135,13 @@ class _Rebuild:
             assert pause.owner_pid is not None
             self._swap(Exchange(self.home, self.live_model, self.model, last_write, pause.owner_pid))
         except BaseException as exc:
-            self._give_up(exc)
+            if self.swap is not None and self.swap.done:
+                self._tidy()
+            else:
+                self._give_up(exc)
             raise
-        self.parts.pause.close()
-        paused_s = time.monotonic() - paused_at
-        drop_schema(self.lead, SHADOW)
-        return self._result(paused_s)
+        self._tidy()
+        return self._result(time.monotonic() - paused_at)
 
     # -- the steps -------------------------------------------------------------------------------------
 
@@ -244,17 +254,8 @@ class _Rebuild:
     def _swap(self, what: Exchange) -> None:
         self._step("swapping", "waits for the searches under way")
         create_schema(self.lead, PREVIOUS, self.owner)
-        database = self.parts.database
-        with BlockerWatch(
-            database.settings.direct_url() or database.url, database.settings, self.lead.info.backend_pid
-        ) as watch:
-            started = time.monotonic()
-            logged = exchange(
-                self.lead, what, wait_s=self.plan.swap_wait_s, blockers=lambda: watch.seen, conclude=self._conclude
-            )
-            self.swap_ms = (time.monotonic() - started) * 1000
-        faults.point("rebuild.swapped")
-        self.parts.after_commit(logged)
+        self.swap = Swap(self.parts, self.lead, what)
+        self.swap.run(wait_s=self.plan.swap_wait_s, conclude=self._conclude)
 
     def _conclude(self) -> None:
         """In the transaction of the swap: the record of the run, and those made in the shadow."""
@@ -271,6 +272,7 @@ class _Rebuild:
             SWAPPED,
             log_id=log_id,
             previous_model=model_to(self.live_model),
+            previous_oids=previous_oids(self.lead),
             **self.counts,
             **self.figures,
         )
@@ -282,7 +284,14 @@ class _Rebuild:
             end_run(self.lead, self.run_id, FAILED, reason=f"{type(exc).__name__}: {exc}"[:500])
         self.parts.pause.close()
 
+    def _tidy(self) -> None:
+        """Let writers in, and drop what is left of the shadow. The swap is done: this can wait for the next rebuild."""
+        self.parts.pause.close()
+        with suppress(psycopg.Error):
+            drop_schema(self.lead, SHADOW)
+
     def _result(self, paused_s: float) -> RebuildResult:
+        assert self.swap is not None
         return RebuildResult(
             documents=self.counts["embeddings"],
             chunks=self.counts["chunks"],
@@ -296,7 +305,7 @@ class _Rebuild:
             recall_before=self.figures.get("recall_before"),
             overlap=self.figures.get("overlap"),
             paused_s=paused_s,
-            swap_ms=self.swap_ms,
+            swap_ms=self.swap.ms,
             duration_ms=(time.monotonic() - self.started) * 1000,
             details=self.details,
         )

@@ -20,16 +20,26 @@ _ENDED = [SWAPPED, ROLLED_BACK, RETIRED, FAILED, ABANDONED]
 
 _BEGIN = "INSERT INTO rebuild_runs (state, model_id, details) VALUES ('begun', %s, %s) RETURNING id"
 _ADVANCE = "UPDATE rebuild_runs SET state = %s, details = details || %s WHERE id = %s"
-_END = "UPDATE rebuild_runs SET state = %s, details = details || %s, finished_at = clock_timestamp() WHERE id = %s"
+# A run that has ended stays what it is: of a swap that is committed nothing that fails later makes a failure.
+_END = """
+    UPDATE rebuild_runs SET state = %s, details = details || %s, finished_at = clock_timestamp()
+    WHERE id = %s AND state <> ALL (%s)
+"""
 _UNFINISHED = "SELECT id, state, started_at FROM rebuild_runs WHERE state <> ALL (%s) ORDER BY id DESC LIMIT 1"
 _ABANDON = """
     UPDATE rebuild_runs SET state = 'abandoned', finished_at = clock_timestamp(),
            details = details || jsonb_build_object('interrupted_in', state)
     WHERE state <> ALL (%s)
 """
+_OIDS = "SELECT oid::bigint FROM unnest(%s::text[]) AS name, to_regclass(name) AS oid WHERE oid IS NOT NULL"
 _LAST_SWAP = """
     SELECT id, finished_at, extract(epoch FROM clock_timestamp() - finished_at)::float8, details FROM rebuild_runs
-    WHERE state IN ('swapped', 'rolled back') ORDER BY finished_at DESC LIMIT 1
+    WHERE state IN ('swapped', 'rolled back') AND details -> 'previous_oids' = %s ORDER BY finished_at DESC LIMIT 1
+"""
+# Tables whose record is not there were replaced before the last run that is known ended, if any is.
+_AGE_AT_LEAST = """
+    SELECT coalesce(extract(epoch FROM clock_timestamp() - max(coalesce(finished_at, started_at))), 0)::float8
+    FROM rebuild_runs
 """
 _RETIRE = "UPDATE rebuild_runs SET state = 'retired' WHERE state IN ('swapped', 'rolled back')"
 _IS_HELD = """
@@ -59,7 +69,11 @@ class UnfinishedRebuild:
 
 @dataclass(frozen=True, slots=True)
 class PreviousTables:
-    """The tables that the last swap replaced, and what it recorded."""
+    """The tables that the last swap replaced, and what it recorded.
+
+    run_id: None where no record is of these very tables; they are then at least `age_s` old, and cannot be told to be
+    of any model.
+    """
 
     run_id: int | None
     swapped_at: datetime | None
@@ -83,7 +97,14 @@ def advance_run(connection: Connection[Any], run_id: int, state: str, **details:
 
 
 def end_run(connection: Connection[Any], run_id: int, state: str, **details: Any) -> None:
-    connection.execute(_END, (state, Jsonb(details), run_id))
+    """Record that the run ended in `state`; one that has ended already is left as it is."""
+    connection.execute(_END, (state, Jsonb(details), run_id, _ENDED))
+
+
+def previous_oids(connection: Connection[Any]) -> list[int]:
+    """What tells the previous tables from any others that stood in their place."""
+    rows = connection.execute(_OIDS, ([f"{PREVIOUS}.{table}" for table in TABLES],))
+    return [oid for (oid,) in rows]
 
 
 def unfinished_rebuild(connection: Connection[Any]) -> UnfinishedRebuild | None:
@@ -123,9 +144,10 @@ def previous_tables(connection: Connection[Any]) -> PreviousTables | None:
     count, size = _tables_in(connection, PREVIOUS)
     if count < len(TABLES):
         return None
-    row = connection.execute(_LAST_SWAP).fetchone()
-    if row is None:  # its record was removed
-        return PreviousTables(None, None, float("inf"), size, {})
+    row = connection.execute(_LAST_SWAP, (Jsonb(previous_oids(connection)),)).fetchone()
+    if row is None:  # its record was removed, or the tables came from elsewhere
+        [(age_s,)] = connection.execute(_AGE_AT_LEAST).fetchall()
+        return PreviousTables(None, None, age_s, size, {})
     return PreviousTables(row[0], row[1], row[2], size, row[3])
 
 
@@ -146,8 +168,13 @@ def retire_previous(connection: Connection[Any], older_than_s: float) -> int:
 def require_previous(connection: Connection[Any]) -> PreviousTables:
     """The tables to roll back to. Raises BusyError where there are none to be had."""
     previous = previous_tables(connection)
-    if previous is None or previous.run_id is None:
+    if previous is None:
         raise BusyError("there are no previous tables to roll back to: nothing was rebuilt, or they are retired")
+    if previous.run_id is None:
+        raise BusyError(
+            f"no record in rebuild_runs is of the tables in {PREVIOUS}, so what model they are of is not known; "
+            "they cannot be rolled back to"
+        )
     return previous
 
 

@@ -1,6 +1,5 @@
 """Rolling a rebuild back: the tables that it replaced and the live ones exchange their places once more."""
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,6 @@ from psycopg.sql import SQL, Identifier
 
 from .config import Settings
 from .errors import ValidationError
-from .migration_session import BlockerWatch
-from .opening import OpenParts
 from .pause import MAX_TTL_S
 from .rebuild import rebuild_session
 from .rebuild_runs import (
@@ -23,11 +20,12 @@ from .rebuild_runs import (
     clear_remains_locked,
     end_run,
     model_to,
+    previous_oids,
     require_previous,
 )
 from .shadow import SHADOW, TABLES, create_schema, drop_schema, home_of
 from .shadow_fill import count_kept
-from .swap import PREVIOUS, Exchange, exchange
+from .swap import PREVIOUS, Exchange, Swap
 from .types import StepProgress
 
 _LAST_WRITE = "SELECT coalesce(max(id), 0) FROM write_log"
@@ -109,12 +107,14 @@ def roll_back(
         what = Exchange(home, parts.model.registered, previous.model, last_write, pause.owner_pid)
         if on_progress is not None:
             on_progress("swapping", "waits for the searches under way")
+        swap = Swap(parts, lead, what)
         try:
             create_schema(lead, SHADOW, owner)
-            return _Rollback(parts, lead, what, run_id, lost).run(swap_wait_s)
+            return _Rollback(lead, swap, run_id, lost).run(swap_wait_s)
         except BaseException as exc:
             with suppress(psycopg.Error):
-                end_run(lead, run_id, FAILED, reason=f"{type(exc).__name__}: {exc}"[:500])
+                if not swap.done:
+                    end_run(lead, run_id, FAILED, reason=f"{type(exc).__name__}: {exc}"[:500])
             raise
         finally:
             with suppress(psycopg.Error):
@@ -123,29 +123,17 @@ def roll_back(
 
 @dataclass
 class _Rollback:
-    parts: OpenParts
     lead: Connection[Any]
-    what: Exchange
+    swap: Swap
     run_id: int
     lost: Changes
 
     def run(self, swap_wait_s: float) -> RollbackResult:
-        database = self.parts.database
-        url = database.settings.direct_url() or database.url
-        started = time.monotonic()
-        with BlockerWatch(url, database.settings, self.lead.info.backend_pid) as watch:
-            logged = exchange(
-                self.lead,
-                self.what,
-                wait_s=swap_wait_s,
-                blockers=lambda: watch.seen,
-                prepare=self._bring_forth,
-                conclude=self._conclude,
-            )
-        self.parts.after_commit(logged)
-        model_id = self.what.after.model_id if self.what.after else None
-        swap_ms = (time.monotonic() - started) * 1000
-        return RollbackResult(self.counts["embeddings"], self.counts["chunks"], model_id, self.lost, swap_ms)
+        self.swap.run(wait_s=swap_wait_s, prepare=self._bring_forth, conclude=self._conclude)
+        model = self.swap.what.after
+        return RollbackResult(
+            self.counts["embeddings"], self.counts["chunks"], model.model_id if model else None, self.lost, self.swap.ms
+        )
 
     def _bring_forth(self) -> None:
         """In the transaction of the exchange: the previous tables go where it looks for the new ones."""
@@ -157,5 +145,12 @@ class _Rollback:
     def _conclude(self) -> None:
         self.counts = {table: count_kept(self.lead, table, []) for table in TABLES}
         [(log_id,)] = self.lead.execute(_LAST_WRITE).fetchall()
-        previous_model = model_to(self.what.before)
-        end_run(self.lead, self.run_id, ROLLED_BACK, log_id=log_id, previous_model=previous_model, **self.counts)
+        end_run(
+            self.lead,
+            self.run_id,
+            ROLLED_BACK,
+            log_id=log_id,
+            previous_model=model_to(self.swap.what.before),
+            previous_oids=previous_oids(self.lead),
+            **self.counts,
+        )

@@ -4,8 +4,10 @@ A table moves with its indexes and constraints from schema to schema: no name ch
 for a moment at a time, and those that come wait no longer than that; each sees the old tables or the new ones.
 """
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,14 @@ from . import faults, table_dress
 from .embedding_model import Model
 from .errors import BusyError
 from .locks import LOCK_CLASS, Purpose
+from .migration_session import BlockerWatch
+from .opening import OpenParts
 from .pause import current_pause
 from .registry import active_model
 from .shadow import SHADOW, TABLES, in_shadow
 from .transactions import EVERYTHING, LoggedWrite
+
+logger = logging.getLogger("vectorkeep")
 
 PREVIOUS = "vectorkeep_previous"
 
@@ -64,6 +70,40 @@ class Exchange:
     after: Model | None
     after_log_id: int
     pause_pid: int
+
+
+@dataclass
+class Swap:
+    """One exchange, and what comes after it. done: it is committed, whatever fails from then on."""
+
+    parts: OpenParts
+    lead: Connection[Any]
+    what: Exchange
+    done: bool = False
+    ms: float = 0
+
+    def run(self, *, wait_s: float, conclude: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
+        """`exchange`, with a watch on who is in the way; then tell Redis. Raises only what stopped the exchange."""
+        try:
+            self._run(wait_s, conclude, prepare)
+        except Exception as exc:  # a person who interrupts is heard even so
+            if not self.done:
+                raise
+            logger.warning("swap.aftermath_failed", extra={"reason": f"{type(exc).__name__}: {exc}"})
+
+    def _run(self, wait_s: float, conclude: Callable[[], None], prepare: Callable[[], None]) -> None:
+        database = self.parts.database
+        url = database.settings.direct_url() or database.url
+        started = time.monotonic()
+        with ExitStack() as stack:
+            watch = stack.enter_context(BlockerWatch(url, database.settings, self.lead.info.backend_pid))
+            logged = exchange(
+                self.lead, self.what, wait_s=wait_s, blockers=lambda: watch.seen, prepare=prepare, conclude=conclude
+            )
+            self.done = True
+            self.ms = (time.monotonic() - started) * 1000
+            stack.callback(self.parts.after_commit, logged)
+            faults.point("rebuild.swapped")
 
 
 def exchange(

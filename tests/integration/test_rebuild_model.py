@@ -1,6 +1,7 @@
 """A store moved to another embedding model, and back: no vector of one model meets those of the other."""
 
 import hashlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import db
 from db import vectors
 from db.config import Settings
 from db.migrate import alembic_config
+from db.opening import OpenParts
+from db.pause import current_pause
 from db.rebuild import rebuild
 from db.rebuild_forecast import forecast_rollback
 from db.rebuild_plan import RebuildPlan
-from db.rebuild_runs import unfinished_rebuild
+from db.rebuild_runs import FAILED, SWAPPED, begin_run, end_run, retire_previous, unfinished_rebuild
 from db.rollback import roll_back
 from tests.integration.counting import Counting, items, vector_of
 
@@ -245,3 +248,52 @@ def test_without_previous_tables_there_is_nothing_to_roll_back(filled, settings)
     for attempt in (roll_back, forecast_rollback):
         with pytest.raises(db.BusyError, match="no previous tables"):
             attempt(settings)
+
+
+# -- what fails once the swap is committed -------------------------------------------------------------
+
+RUNS = "SELECT state FROM rebuild_runs ORDER BY id"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_what_fails_after_the_swap_does_not_make_a_failure_of_it(filled, settings, sql, admin, monkeypatch, failure):
+    """Else a rollback would take the record before for that of the tables, and search one model's with the other."""
+    before = sql(DOCUMENTS)
+    rebuild(settings, RebuildPlan(new_model=True), Other())
+    second = sql(DOCUMENTS)
+
+    def failing(self, logged):
+        deliver(self, logged)
+        raise failure
+
+    deliver = OpenParts.after_commit
+    monkeypatch.setattr(OpenParts, "after_commit", failing)
+    with pytest.raises(KeyboardInterrupt) if failure is KeyboardInterrupt else nullcontext():
+        rebuild(settings, RebuildPlan(new_model=True), Counting("third"))
+    assert sql(RUNS) == [("swapped",)] * 2
+    assert unfinished_rebuild(admin) is None
+    assert current_pause(admin) is None
+    with pytest.raises(KeyboardInterrupt) if failure is KeyboardInterrupt else nullcontext():
+        roll_back(settings)
+    assert sql(RUNS) == [("swapped",), ("swapped",), ("rolled back",)]
+    assert sql(DOCUMENTS) == second != before
+    assert sql("SELECT model_id FROM embedding_models WHERE active") == [("other",)]
+
+
+def test_previous_tables_of_which_there_is_no_record_are_kept_and_not_rolled_back_to(filled, settings, sql, admin):
+    rebuild(settings, RebuildPlan())
+    rebuild(settings, RebuildPlan(new_model=True), Other())
+    sql("UPDATE rebuild_runs SET state = 'failed' WHERE model_id = 'other'")
+    with pytest.raises(db.BusyError, match="no record in rebuild_runs is of the tables in vectorkeep_previous"):
+        roll_back(settings, force=True)
+    assert sql("SELECT model_id FROM embedding_models WHERE active") == [("other",)]
+    sql("DELETE FROM rebuild_runs")
+    assert retire_previous(admin, 3600) == 0
+    assert retire_previous(admin, 0) > 0
+
+
+def test_a_run_that_has_ended_stays_what_it_is(admin, sql):
+    run_id = begin_run(admin, None, {})
+    end_run(admin, run_id, SWAPPED)
+    end_run(admin, run_id, FAILED, reason="late")
+    assert sql(RUNS) == [("swapped",)]
