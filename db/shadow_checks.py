@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from psycopg import Connection
-from psycopg.sql import SQL, Identifier
+from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from . import vectors
 from .embedding_model import Model
@@ -21,10 +21,13 @@ _SAMPLE = 100
 _DEADLINE_S = 30.0
 _LEVELS: tuple[Level, ...] = ("documents", "chunks")
 
-_SAMPLED = """
-    SELECT id, vector_send(embedding) FROM {} WHERE embedding IS NOT NULL AND vector_dims(embedding) = %s
-    ORDER BY md5(id) LIMIT %s
-"""
+# Rows of one page were written together: from this many pages for each row that is wanted, few share one.
+_PAGES_PER_ROW = 8
+
+# None of these but the last reads a vector: mostly they lie outside the row, in pages that are many times the table's.
+_HAS_VECTORS = "SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)"
+_PAGES = "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::bigint"
+_PICKED = "SELECT id FROM {} {} WHERE embedding IS NOT NULL ORDER BY md5(id) LIMIT %s"
 _OF_IDS = "SELECT id, vector_send(embedding) FROM {} WHERE id = ANY (%s) AND embedding IS NOT NULL"
 
 
@@ -41,7 +44,7 @@ def measured_recall(side: Side, target: float) -> float | None:
     """Recall@10 of the side's searches, the worse of the two levels; None where there is nothing to search."""
     measured = []
     for level in _LEVELS:
-        if _sample(side, level):
+        if _has_vectors(side, level):
             request = RecallRequest(side.ef_search, target, k=_K, sample=_SAMPLE, level=level, deadline_s=_DEADLINE_S)
             # A single row has no neighbours; and a table so large that one comparison takes longer is not measured.
             with suppress(ValidationError, UnavailableError):
@@ -51,7 +54,7 @@ def measured_recall(side: Side, target: float) -> float | None:
 
 def neighbour_overlap(old: Side, new: Side) -> float | None:
     """The share of each row's ten nearest that both sides agree on, over a sample; None where there is nothing."""
-    level: Level = "documents" if _sample(old, "documents") else "chunks"
+    level: Level = "documents" if _has_vectors(old, "documents") else "chunks"
     asked = _sample(old, level)
     renewed = _vectors(new, level, list(asked))
     shares = []
@@ -73,10 +76,32 @@ def _search(searcher: Searcher, side: Side, query: Query) -> Any:
     return searcher.search(side.connection, query, side.model).result
 
 
+def _has_vectors(side: Side, level: Level) -> bool:
+    [(has,)] = side.connection.execute(SQL(_HAS_VECTORS).format(Identifier(_table(level)))).fetchall()
+    return bool(has)
+
+
 def _sample(side: Side, level: Level) -> dict[str, Any]:
-    statement = SQL(_SAMPLED).format(Identifier(_table(level)))
-    rows = side.connection.execute(statement, (side.model.dimensions, _SAMPLE))
-    return {id_: vectors.decode(data) for id_, data in rows}
+    """The vectors, by id, of at most _SAMPLE rows that have one of the side's model."""
+    found = _vectors(side, level, _picked(side, level))
+    return {id_: vector for id_, vector in found.items() if len(vector) == side.model.dimensions}
+
+
+def _picked(side: Side, level: Level) -> list[str]:
+    """The ids of at most _SAMPLE rows with a vector, of a large table out of a part of its pages."""
+    table = _table(level)
+    [(pages,)] = side.connection.execute(_PAGES, (table,)).fetchall()
+    parts: list[Composable] = [SQL("")]  # a table that is mostly empty pages is looked through after all
+    if pages > 2 * _PAGES_PER_ROW * _SAMPLE:
+        percent = Literal(100.0 * _PAGES_PER_ROW * _SAMPLE / pages)
+        parts.insert(0, SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (0)").format(percent))
+    ids: list[str] = []
+    for part in parts:
+        rows = side.connection.execute(SQL(_PICKED).format(Identifier(table), part), (_SAMPLE,))
+        ids = [id_ for (id_,) in rows]
+        if len(ids) == _SAMPLE:
+            break
+    return ids
 
 
 def _vectors(side: Side, level: Level, ids: list[str]) -> dict[str, Any]:
