@@ -4,8 +4,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from ..embedded_disk import NETWORK_FILE_SYSTEMS, file_system_type, mount_table
 from ..errors import BusyError
@@ -38,7 +39,16 @@ def embedded_files(examination: Examination) -> Iterator[Found]:
                 subject=server,
                 mend=mend,
             )
-    if not any(leftovers(home).values()):
+    data = _data(home)
+    with _not_running(home, "postgres") as stopped:
+        in_doubt = stopped and _by_hand(data) == "may run"
+    if in_doubt:
+        yield warn(
+            f"{data / 'postmaster.pid'} may be of a server that runs: it names a PostgreSQL process, or cannot be told",
+            f"if ps shows no server that works on {data}, remove that file",
+            subject="postmaster.pid",
+        )
+    elif not any(leftovers(home).values()):
         yield ok(f"nothing stale in {home}")
 
 
@@ -93,30 +103,62 @@ def leftovers(home: Path) -> dict[str, list[Path]]:
 
 
 def _files(home: Path, server: str) -> list[Path]:
-    data, sockets = home / "servers" / "postgres", home / "servers" / "run"
+    data, sockets = _data(home), home / "servers" / "run"
     if server == "valkey":
         candidates = [sockets / "valkey.sock"]
-    elif _runs_by_hand(data):
+    elif _by_hand(data) != "gone":
         candidates = []
     else:
         candidates = [data / "postmaster.pid", *sorted(sockets.glob(".s.PGSQL.*")), data.with_name("postgres.partial")]
     return [path for path in candidates if os.path.lexists(path)]
 
 
-def _runs_by_hand(data: Path) -> bool:
-    """Whether somebody started a server on `data` without us: its files are no leftovers."""
+def _data(home: Path) -> Path:
+    return home / "servers" / "postgres"
+
+
+def _by_hand(data: Path) -> Literal["runs", "may run", "gone"]:
+    """Whether somebody started a server on `data` without us: its files are no leftovers.
+
+    A server works in its data folder, however that was named to it. In doubt it may run: without its pid file a
+    server shuts down.
+    """
     try:
-        pid = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
-        return os.fsencode(data.resolve()) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        # A single-user one notes its process with a minus.
+        pid = abs(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
+    except FileNotFoundError:
+        return "gone"
     except (OSError, ValueError):
-        return False
+        return "may run"  # one that starts has not filled it yet
+    if not _is_alive(pid):
+        return "gone"
+    process = Path(f"/proc/{pid}")
+    try:
+        if not (process / "cmdline").read_bytes():
+            return "gone"  # a zombie
+        name = (process / "comm").read_text().strip()
+    except OSError:
+        return "may run"
+    with suppress(OSError):  # only its own user and root may see where it works
+        if (process / "cwd").samefile(data):
+            return "runs"
+    return "may run" if name in ("postgres", "postmaster") else "gone"
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+    return True
 
 
 def _remove(home: Path, server: str) -> str:
     with _not_running(home, server) as stopped:
-        if not stopped:
-            raise BusyError(f"{server} was started meanwhile")
-        files = _files(home, server)
+        files = _files(home, server) if stopped else []
+        if not files:
+            raise BusyError(f"{server} was started meanwhile, or somebody else removed its files")
         for path in files:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -3,7 +3,7 @@
 import os
 import signal
 import socket
-from pathlib import Path
+import subprocess
 
 import psycopg
 import pytest
@@ -11,7 +11,9 @@ import pytest
 import db
 from db import doctor
 from db.checks import embedded as checks
+from db.checks.base import Examination, Limits
 from db.config import Settings
+from db.embedded_place import settle
 from db.embedded_server import wait_until
 from tests.integration.examining import scratch_home
 
@@ -75,20 +77,57 @@ def test_without_fix_they_are_told(home):
     assert (found.status, str(stale) in found.evidence) == ("warn", True)
 
 
-def test_a_server_that_somebody_started_by_hand_keeps_its_files(home):
-    db.embedded.acquire(home).release()
-    stale = (home / "servers" / "postgres").resolve() / "postmaster.pid"
-    pid = os.fork()
-    if pid == 0:
-        os.execv("/bin/sleep", [str(stale.parent), "60"])  # a process with that folder on its command line
+def looked_at(home):
+    """What the check says of the files alone: the doctor goes on to start the server."""
+    with Examination(Settings.load({"home": home}), Limits()) as examination:
+        return list(checks.embedded_files.look(examination))
+
+
+@pytest.mark.parametrize("named", ["path", "dot", "PGDATA", "link"])
+def test_a_server_that_somebody_started_by_hand_keeps_its_files(home, until, named):
+    db.embedded.acquire(home, redis=False).release()
+    place = settle(home.resolve())
+    link = home / "link"
+    link.symlink_to(place.data)
+    options = {"path": ["-D", place.data], "dot": ["-D", "."], "PGDATA": [], "link": ["-D", link]}[named]
+    started = subprocess.Popen(
+        [place.postgres_bin / "postgres", *options, "-c", "listen_addresses=", "-c", "unix_socket_directories=."],
+        **{**place.account.popen_options(), "cwd": place.data},
+        env={"PGDATA": str(link)} if named == "PGDATA" else {},
+        stderr=subprocess.DEVNULL,
+    )
+    stale = place.data / "postmaster.pid"
     try:
-        assert wait_until(lambda: os.fsencode(stale.parent) in Path(f"/proc/{pid}/cmdline").read_bytes(), 5)
-        stale.write_text(f"{pid}\n")
+        until(lambda: stale.exists() and stale.read_text().endswith("ready   \n"))
+        assert [found.status for found in looked_at(home)] == ["ok"]
         assert not checks.leftovers(home)["postgres"]
+        assert stale.exists()
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert checks.leftovers(home)["postgres"] == [home / "servers" / "postgres" / "postmaster.pid"]
+        started.kill()
+        started.wait()
+    assert stale in checks.leftovers(home.resolve())["postgres"]
+
+
+@pytest.mark.parametrize("content", ["", "rubbish"])
+def test_a_pid_file_that_does_not_tell_is_left_alone(home, content):
+    data = home / "servers" / "postgres"
+    data.mkdir(parents=True)
+    (data / "postmaster.pid").write_text(content)
+    [found] = looked_at(home)
+    assert (found.status, found.mend) == ("warn", None)
+    assert f"if ps shows no server that works on {data}" in found.remedy
+    assert not checks.leftovers(home)["postgres"]
+
+
+def test_a_pid_file_that_names_a_server_which_works_elsewhere_is_left_alone(home):
+    with scratch_home("vk-doctor-") as other:
+        servers = db.embedded.acquire(other, redis=False)
+        data = home / "servers" / "postgres"
+        data.mkdir(parents=True)
+        (data / "postmaster.pid").write_text((other / "servers" / "postgres" / "postmaster.pid").read_text())
+        [found] = looked_at(home)
+        servers.release()
+    assert (found.status, found.mend) == ("warn", None)
 
 
 def test_a_disk_that_fills_up_is_told(home):
