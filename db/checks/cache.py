@@ -27,6 +27,8 @@ _SAMPLE = 20
 _SCANS_AT_MOST = 50
 _KEYS_A_SCAN = 200
 _DIGEST_BYTES = 32
+# An answer that another process replaced while the database was asked is looked at once more.
+_ATTEMPTS = 2
 
 
 @check("redis", Needs.NOTHING, "Redis or Valkey is reachable")
@@ -210,14 +212,21 @@ def _parsed(name: str, raw: Any) -> _Cached | None:
 def _is_right(cache: QueryCache, connection: StoreConnection, model: Model, cached: _Cached) -> bool | None:
     """Whether the cached answer is the database's. None where it would not be served, or says what we do not know.
 
-    The database is asked first and the cache after it: an answer that is still valid then was valid meanwhile.
+    The database is asked between two looks at the cache: an answer that lay there before and is still valid after was
+    valid meanwhile. One that another process stored in between may be newer than what the database answered.
     """
     query = _query(cached.key)
     if query is None or cache_key(query, model).text(connection.identity) != cached.key:
         return None
-    now = Searcher().search(connection, query, model).result
-    served, _ = cache.look_up_strict(cache_key(query, model), connection)
-    if served is None:
+    for _ in range(_ATTEMPTS):
+        before = cache.client.get(cached.name)
+        now = Searcher().search(connection, query, model).result
+        served, _ = cache.look_up_strict(cache_key(query, model), connection)
+        if served is None:
+            return None
+        if cache.client.get(cached.name) == before:
+            break
+    else:
         return None
     if served.exact and now.exact:
         return served.hits == now.hits

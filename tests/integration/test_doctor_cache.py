@@ -8,6 +8,7 @@ import pytest
 import redis
 
 import db
+from db.search import Searcher
 from tests.integration.examining import Examiner, own_server
 
 QUERY = [1.0, *[0.0] * 7]
@@ -100,6 +101,26 @@ def test_answers_that_would_not_be_served_are_not_compared(examine, client, stor
     assert examine.one("cached answers").evidence == "0 cached answers compared with the database"
     client.set(answers(client)[0], b"rubbish")
     assert examine.one("cached answers").status == "ok"
+
+
+@pytest.mark.parametrize(("times", "compared"), [(1, 1), (9, 0)])
+def test_an_answer_that_another_process_replaces_meanwhile_is_no_fault(examine, monkeypatch, store, times, compared):
+    left = [times]
+
+    class WhileOthersWrite(Searcher):
+        def search(self, *asked):
+            found = super().search(*asked)
+            if left[0]:
+                left[0] -= 1
+                store.batch_upsert([{"id": f"new{left[0]}", "text": "t", "embedding": QUERY}])
+                assert not store.search(QUERY, 3).cached
+            return found
+
+    store.search(QUERY, 3)
+    monkeypatch.setattr("db.checks.cache.Searcher", WhileOthersWrite)
+    found = examine.one("cached answers")
+    assert (found.status, found.evidence) == ("ok", f"{compared} cached answers compared with the database")
+    assert left[0] < times
 
 
 def test_only_some_of_many_answers_are_compared(examine, client, store):
