@@ -7,16 +7,17 @@ from ..locks import _SYNC_CLASS, LOCK_CLASS
 from .base import Examination, Found, Needs, age, check, megabytes, ok, warn
 
 _IDLE_OURS = """
-    SELECT pid, backend_start, application_name, usename, extract(epoch FROM clock_timestamp() - state_change)::float8
+    SELECT pid, backend_start, state_change, application_name, usename,
+           extract(epoch FROM clock_timestamp() - state_change)::float8
     FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name LIKE 'vectorkeep%%'
       AND state LIKE 'idle in transaction%%' AND extract(epoch FROM clock_timestamp() - state_change)::float8 > %s
     ORDER BY state_change
 """
-# Asked again while it is ended: it may have gone on since.
+# Asked again while it is ended: it may have gone on since, and be idle in another transaction.
 _END = """
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-    WHERE pid = %s AND backend_start = %s AND state LIKE 'idle in transaction%%'
+    WHERE pid = %s AND backend_start = %s AND state_change = %s AND state LIKE 'idle in transaction%%'
 """
 _BLOCKED = """
     SELECT waiting.pid, waiting.application_name, extract(epoch FROM clock_timestamp() - waiting.query_start)::float8,
@@ -69,10 +70,10 @@ _IDLE_HOLDERS = """
 def idle_transactions(examination: Examination) -> Iterator[Found]:
     settings, limit_s = examination.settings, examination.limits.idle_transaction_s
     patience_s = min(settings.idle_in_transaction_timeout_s, limit_s)
-    for pid, started, application, user, idle_s in examination.rows(_IDLE_OURS, patience_s):
+    for pid, started, since, application, user, idle_s in examination.rows(_IDLE_OURS, patience_s):
 
-        def mend(pid: int = pid, started: object = started) -> str:
-            ended = examination.rows(_END, pid, started)
+        def mend(pid: int = pid, started: object = started, since: object = since) -> str:
+            ended = examination.rows(_END, pid, started, since)
             if not ended or not ended[0][0]:
                 raise BusyError("it went on meanwhile")
             return f"process {pid} ended"

@@ -7,6 +7,8 @@ import pytest
 
 import db
 from db import migrate
+from db.checks.base import Examination, Limits
+from db.checks.sessions import idle_transactions
 from db.locks import LOCK_CLASS, Purpose
 from tests.integration.examining import Examiner, own_server
 
@@ -53,6 +55,21 @@ def test_a_session_of_ours_outside_a_transaction_is_none(examine, database_url):
         resting.execute("SELECT 1")
         assert examine.one("idle transactions", fix=True, idle_transaction_s=0.0001).status == "ok"
         assert resting.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_one_that_went_on_to_another_transaction_meanwhile_is_not_ended(database_url):
+    with (
+        psycopg.connect(database_url, **OURS) as session,
+        Examination(Examiner(database_url).settings, Limits(idle_transaction_s=0.0001)) as examination,
+    ):
+        examination.open()
+        session.execute("SELECT 1")
+        [found] = idle_transactions.look(examination)
+        session.commit()
+        session.execute("SELECT 1")
+        with pytest.raises(db.BusyError, match="went on meanwhile"):
+            found.mend()
+        assert session.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_idle_transactions_are_mended(examine, database_url):
