@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 
 from ..embedding_model import Model
-from ..errors import PermissionDeniedError
+from ..errors import BusyError, PermissionDeniedError
 from ..index_health import inspect_indexes
 from ..locks import LOCK_CLASS, Purpose, advisory_lock
 from ..models import Base, vector_index_name
@@ -34,6 +34,8 @@ _INVALID = """
       AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running WHERE running.relid = index.indrelid)
     ORDER BY 1
 """
+# Builds of other roles, of which a role without pg_read_all_stats sees the process and not the table.
+_UNSEEN = "SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database() AND relid IS NULL"
 _BUILDING = """
     SELECT index_relid::regclass::text, phase, pid,
            round(100.0 * coalesce(nullif(blocks_done, 0), tuples_done)
@@ -61,7 +63,16 @@ _VECTORS = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)")
 def invalid_indexes(examination: Examination) -> Iterator[Found]:
     for name, phase, pid, percent in examination.rows(_BUILDING, our_tables()):
         yield ok(f"{name} is being built by process {pid}: {phase}, {percent or 0:.0f} %")
+    unseen = [pid for (pid,) in examination.rows(_UNSEEN)]
     for name, shown, table in examination.rows(_INVALID, our_tables()):
+        if unseen:
+            yield warn(
+                f"{shown} on {table} is invalid, left of an interrupted build or what process {unseen[0]} builds: "
+                "not permitted to see that; left alone",
+                "run it as a role that may, or GRANT pg_monitor to this one",
+                subject=name,
+            )
+            continue
         leftover = _LEFTOVER.search(name) is not None
         what = "left of an interrupted REINDEX" if leftover else "invalid: its build was interrupted"
 
@@ -179,8 +190,18 @@ def _building(examination: Examination) -> Iterator[Connection[Any]]:
         yield connection
 
 
+def _require_invalid(connection: Connection[Any], name: str) -> None:
+    """Raise BusyError where the index is valid or gone by now, or where somebody builds it or may be building it."""
+    invalid = {found for found, *_ in connection.execute(_INVALID, (our_tables(),)).fetchall()}
+    if name not in invalid:
+        raise BusyError(f"{name} is no longer invalid, or somebody builds it now")
+    for (pid,) in connection.execute(_UNSEEN).fetchall():
+        raise BusyError(f"process {pid} builds an index that this role is not permitted to see; it may be {name}")
+
+
 def _drop(examination: Examination, name: str) -> str:
     with _building(examination) as connection:
+        _require_invalid(connection, name)
         connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
     return f"{name} dropped"
 
@@ -192,6 +213,7 @@ def _build_again(examination: Examination, name: str, table: str) -> str:
         _drop(examination, name)
         return _build_vector_index(examination, ours[name], model)
     with _building(examination) as connection:
+        _require_invalid(connection, name)
         # Serves indexes under a constraint too, which cannot be dropped; it leaves no copy where it succeeds.
         connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
     return f"{name} on {table} built again"

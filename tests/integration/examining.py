@@ -3,6 +3,9 @@
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
 
 import db
 from db import doctor
@@ -56,3 +59,29 @@ def own_server(*, redis=False, **settings):
         servers = db.embedded.acquire(home, settings={"shared_buffers": "32MB", **settings}, redis=redis)
         yield servers
         servers.release()
+
+
+_OWNED = """
+    SELECT 'TABLE ' || oid::regclass FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+    UNION ALL SELECT 'FUNCTION ' || oid::regprocedure FROM pg_proc WHERE proname LIKE 'vectorkeep%'
+"""
+
+
+@contextmanager
+def plain_owner(database_url):
+    """A role that owns the database and what is ours in it, and sees no other role's session. Yields its URL."""
+    parts = urlsplit(database_url)
+    name = parts.path.strip("/")
+    role = f"{name}_owner"
+    with psycopg.connect(database_url, autocommit=True, application_name="administrator") as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+        try:
+            admin.execute(f"ALTER DATABASE {name} OWNER TO {role}")
+            for (thing,) in admin.execute(_OWNED).fetchall():
+                admin.execute(f"ALTER {thing} OWNER TO {role}")
+            yield parts._replace(netloc=f"{role}:pw@{parts.netloc.rpartition('@')[2]}").geturl()
+        finally:
+            admin.execute(f"ALTER DATABASE {name} OWNER TO CURRENT_USER")
+            admin.execute(f"REASSIGN OWNED BY {role} TO CURRENT_USER")
+            admin.execute(f"DROP OWNED BY {role}")
+            admin.execute(f"DROP ROLE {role}")

@@ -6,8 +6,10 @@ import psycopg
 import pytest
 
 import db
+from db.checks.base import Examination, Limits
+from db.checks.indexes import invalid_indexes
 from db.locks import LOCK_CLASS, Purpose
-from tests.integration.examining import Examiner
+from tests.integration.examining import Examiner, plain_owner
 
 VECTOR = [1.0, *[0.0] * 7]
 
@@ -87,6 +89,35 @@ def test_an_invalid_index_is_built_again_whatever_depends_on_it(examine, sql, in
     sql(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index}'::regclass")
     assert index in examine.mends("invalid indexes").evidence
     assert valid(sql, index)
+
+
+@pytest.mark.parametrize("index", ["twice_ccnew", "embeddings_vector_idx", "embeddings_workspace_idx"])
+def test_an_index_that_has_become_valid_since_is_left_alone(examine, sql, index):
+    sql("CREATE INDEX twice_ccnew ON embeddings (source_id)")
+    made = sql("SELECT %s::regclass::oid", index)
+    sql(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index}'::regclass")
+    with Examination(examine.settings, Limits()) as examination:
+        examination.open()
+        [found] = invalid_indexes.look(examination)
+        sql(f"UPDATE pg_index SET indisvalid = true WHERE indexrelid = '{index}'::regclass")
+        files = "SELECT oid, relfilenode FROM pg_class WHERE oid = %s"
+        before = sql(files, made[0][0])
+        with pytest.raises(db.BusyError, match=f"{index} is no longer invalid"):
+            found.mend()
+    assert sql(files, made[0][0]) == before
+
+
+def test_an_index_that_another_role_builds_unseen_is_left_alone(examine, sql, database_url, until):
+    sql("DROP INDEX embeddings_workspace_idx")
+    build = "CREATE INDEX CONCURRENTLY embeddings_workspace_idx ON embeddings (workspace)"
+    with plain_owner(database_url) as url:
+        steps = interrupted(database_url, build, until, sql)
+        next(steps)
+        found = Examiner(url).one("invalid indexes", fix=True)
+        next(steps)
+        assert (found.status, found.fixed) == ("warn", False)
+        assert "not permitted to see that; left alone" in found.evidence
+        assert Examiner(url).one("invalid indexes", fix=True).fixed
 
 
 @pytest.mark.parametrize(
