@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import secrets
 import signal
 import sys
@@ -19,6 +20,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # with the servers stopped, too
+    logging.getLogger("vectorkeep").addHandler(logging.NullHandler())
     seed = given.seed or secrets.token_hex(4)
     plan = conductor.Plan(seed, given.minutes * 60, families=tuple(given.families), faults=tuple(given.faults))
     report = conductor.run(plan, lambda line: print(line, file=sys.stderr, flush=True))

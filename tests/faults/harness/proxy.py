@@ -91,6 +91,11 @@ class Proxy:
         self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._listener))
         started.set()
         self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
 
     async def _serve(self, from_client, client):
         if self.refusing:
@@ -107,7 +112,8 @@ class Proxy:
             asyncio.ensure_future(self._pump(link, "to_server", from_client, server)),
             asyncio.ensure_future(self._pump(link, "to_client", from_server, client)),
         ]
-        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        with suppress(asyncio.CancelledError):  # the proxy closes
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         link.cut()
         for pump in pumps:
             pump.cancel()

@@ -81,12 +81,16 @@ class Servers:
         return False
 
     def limit_files(self, bytes_):
-        """Let the server's processes, and those that come, write no file beyond this size; None for no limit."""
-        limit = "unlimited" if bytes_ is None else bytes_
+        """Let the server's processes, and those that come, write no file beyond this size."""
         pid = self.postgres.pid()
-        for process in [pid, *_children(pid)] if pid else ():
-            command = ["prlimit", f"--pid={process}", f"--fsize={limit}:unlimited"]
-            subprocess.run(command, check=False, stderr=subprocess.DEVNULL, **self.postgres.account.popen_options())
+        if pid:
+            self._limit_files_of(pid, bytes_)
+            for process in _children(pid):  # those that come later have the limit from their parent
+                self._limit_files_of(process, bytes_)
+
+    def _limit_files_of(self, process, bytes_):
+        command = ["prlimit", f"--pid={process}", f"--fsize={bytes_}:unlimited"]
+        subprocess.run(command, check=False, stderr=subprocess.DEVNULL, **self.postgres.account.popen_options())
 
     def kill_valkey(self):
         os.kill(self.valkey.pid(), signal.SIGKILL)
