@@ -23,7 +23,7 @@ from .engine import Database, connect_directly
 from .errors import BusyError, SchemaError, UnavailableError, ValidationError, translated
 from .locks import LOCK_CLASS, PAUSE_CLASS
 from .models import Base
-from .shadow import SHADOW, drop_schema
+from .shadow import SHADOW
 from .swap import PREVIOUS
 
 __all__ = ["ResetPlan", "ResetResult", "plan_reset", "reset"]
@@ -41,6 +41,13 @@ _PRESENT = """
     SELECT name, pg_total_relation_size(to_regclass(name)) FROM unnest(%s::text[]) AS name
     WHERE to_regclass(name) IS NOT NULL
 """
+# What rebuilds left, and what they replaced.
+_REBUILT = (SHADOW, PREVIOUS)
+_PRESENT_IN = """
+    SELECT nspname, relname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE nspname = ANY(%s) AND relname = ANY(%s) AND relkind = 'r'
+"""
+_SCHEMAS = "SELECT nspname FROM pg_namespace WHERE nspname = ANY(%s)"
 # Columns that somebody added: they go with their table.
 _STRANGE_COLUMNS = """
     SELECT relname || '.' || attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
@@ -49,11 +56,13 @@ _STRANGE_COLUMNS = """
       AND NOT relname || '.' || attname = ANY(%s)
     ORDER BY 1
 """
-# Ours by name, by a lock of ours, or because they use a table of ours.
+# Ours by name, by a lock of ours, or because they use a table of ours. Names and locks are seen by every role; the
+# type of another role's session is NULL to one without pg_read_all_stats, and autovacuum has no user.
 _SESSIONS = """
     SELECT pid, coalesce(nullif(application_name, ''), 'unnamed'), usename, coalesce(state, 'unknown')
     FROM pg_stat_activity AS activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+      AND (backend_type = 'client backend' OR backend_type IS NULL AND usesysid IS NOT NULL)
       AND (application_name LIKE 'vectorkeep%%' OR EXISTS (
           SELECT FROM pg_locks AS lock
           WHERE lock.pid = activity.pid
@@ -231,14 +240,17 @@ def _end_sessions(connection: Connection[Any]) -> int:
 
 def _drop(connection: Connection[Any], settings: Settings) -> None:
     """Drop the tables in one statement, so that the keys between them do not matter. Nothing of others goes."""
-    for schema in (SHADOW, PREVIOUS):  # what rebuilds left, and what they replaced
-        drop_schema(connection, schema)
-    present = [name for name, _ in connection.execute(_PRESENT, (_TABLES,)).fetchall()]
     try:
         with connection.transaction():
             connection.execute(f"SET LOCAL lock_timeout = {round(settings.lock_timeout_s * 1000)}")
-            tables = sql.SQL(", ").join(map(sql.Identifier, present))
+            present = [(name,) for name, _ in connection.execute(_PRESENT, (_TABLES,)).fetchall()]
+            present += connection.execute(_PRESENT_IN, (list(_REBUILT), _TABLES)).fetchall()
+            tables = sql.SQL(", ").join(sql.Identifier(*name) for name in present)
             connection.execute(sql.SQL("DROP TABLE {}").format(tables))
+            for (schema,) in connection.execute(_SCHEMAS, (list(_REBUILT),)).fetchall():
+                # Kept where something else is in it, or where somebody else made it.
+                with suppress(pg.DependentObjectsStillExist, pg.InsufficientPrivilege), connection.transaction():
+                    connection.execute(sql.SQL("DROP SCHEMA {}").format(sql.Identifier(schema)))
             for (function,) in connection.execute(_FUNCTIONS).fetchall():
                 connection.execute(f"DROP FUNCTION {function}")  # quoted by the server where that is needed
             connection.execute(_FORGET_REVISION)

@@ -11,6 +11,7 @@ from db import BusyError, ClosedError, MaintenanceIncomplete, ValidationError
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
 from db.rebuild import RebuildPlan, rebuild
+from tests.integration.examining import plain_owner
 
 VECTOR = [1.0, *[0.0] * 7]
 
@@ -336,6 +337,15 @@ def test_closing_leaves_a_database_alone_in_which_somebody_works_unless_asked(da
         db.connect(database_url, False).close()
         assert sql(RUNS) == [(0,)]
         db.connect(database_url, False).close(maintain=True)
+        assert sql(RUNS) == [(1,)]
+
+
+@pytest.mark.usefixtures("due")
+def test_closing_leaves_a_database_alone_in_which_it_cannot_see_what_another_role_does(database_url, sql):
+    with plain_owner(database_url) as url:  # whose sessions are not those of `sql`
+        db.connect(url, False).close()
+        assert sql(RUNS) == [(0,)]
+        db.connect(url, False).close(maintain=True)
         assert sql(RUNS) == [(1,)]
 
 

@@ -9,7 +9,7 @@ from db import embedded, migrate
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
 from db.reset import plan_reset, reset
-from tests.integration.examining import Examiner, scratch_home
+from tests.integration.examining import Examiner, plain_owner, scratch_home
 
 VECTOR = [1.0, *[0.0] * 7]
 # Everything in the database that has a name, but for the extension's own.
@@ -117,6 +117,45 @@ def test_what_depends_on_the_tables_keeps_everything_as_it_was(settings, sql, da
     assert Examiner(database_url).one("schema").status == "ok"
 
 
+REBUILT = ("vectorkeep_shadow", "vectorkeep_previous")
+
+
+@pytest.fixture
+def rebuilt(sql):
+    """What rebuilds left and replaced."""
+    for schema in REBUILT:
+        sql(f"CREATE SCHEMA {schema}")
+        sql(f"CREATE TABLE {schema}.embeddings AS SELECT 1 AS n")
+
+
+@pytest.mark.usefixtures("rebuilt")
+def test_one_that_fails_keeps_what_rebuilds_replaced(settings, sql):
+    sql("CREATE VIEW theirs AS SELECT id FROM embeddings")
+    with pytest.raises(db.SchemaError, match="nothing was changed"):
+        reset(settings)
+    assert [sql(f"SELECT n FROM {schema}.embeddings") for schema in REBUILT] == [[(1,)], [(1,)]]
+
+
+@pytest.mark.usefixtures("rebuilt")
+def test_it_waits_no_longer_for_a_replaced_table_than_for_another(database_url, sql):
+    settings = Settings.load({"database_url": database_url, "redis_url": False, "lock_timeout_s": 0.2})
+    with psycopg.connect(database_url, application_name="report") as other:
+        other.execute("LOCK TABLE vectorkeep_previous.embeddings")
+        with pytest.raises(db.BusyError):
+            reset(settings)
+    assert [sql(f"SELECT n FROM {schema}.embeddings") for schema in REBUILT] == [[(1,)], [(1,)]]
+
+
+@pytest.mark.usefixtures("rebuilt")
+def test_a_schema_of_ours_in_which_something_else_is_stays_with_it(settings, sql):
+    sql("CREATE TABLE vectorkeep_previous.theirs AS SELECT 1 AS n")
+    reset(settings)
+    assert sql("SELECT n FROM vectorkeep_previous.theirs") == [(1,)]
+    assert sql("SELECT to_regclass('vectorkeep_previous.embeddings'), to_regnamespace('vectorkeep_shadow')") == [
+        (None, None)
+    ]
+
+
 # -- others at work --------------------------------------------------------------------------------------------
 
 
@@ -138,6 +177,15 @@ def test_it_refuses_while_a_session_by_another_name_is_at_it(settings, database_
         with pytest.raises(db.BusyError, match=f"1 sessions work in .*process {other.info.backend_pid} .report"):
             reset(settings)
         assert sql("SELECT count(*) FROM embeddings") == [(0,)]
+
+
+@pytest.mark.parametrize("name", ["vectorkeep", "report"])
+def test_it_refuses_where_it_may_not_see_what_another_roles_session_does(database_url, sql, name):
+    with plain_owner(database_url) as url, psycopg.connect(database_url, application_name=name) as other:
+        other.execute("SELECT 1" if name == "vectorkeep" else "SELECT count(*) FROM chunks")
+        with pytest.raises(db.BusyError, match=f"1 sessions work in .*process {other.info.backend_pid} .{name}"):
+            reset(Settings.load({"database_url": url, "redis_url": False}))
+    assert sql("SELECT count(*) FROM embeddings") == [(0,)]
 
 
 def test_a_stranger_in_the_same_database_is_not_in_the_way(settings, database_url):
