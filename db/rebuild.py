@@ -37,6 +37,7 @@ from .rebuild_runs import (
     end_run,
     model_to,
     previous_oids,
+    require_lock,
 )
 from .registry import StoreModel
 from .shadow import (
@@ -53,7 +54,7 @@ from .shadow import (
     size_of,
 )
 from .shadow_checks import Side, measured_recall, neighbour_overlap
-from .shadow_fill import Revectoring, carry_over, copy_rows, count_kept, warm_vector_cache
+from .shadow_fill import Revectoring, carry_over, copy_rows, count_kept, count_rows, warm_vector_cache
 from .swap import PREVIOUS, Exchange, Swap
 from .tally import Tally
 from .types import Embedder, Item
@@ -179,8 +180,11 @@ class _Rebuild:
                 raise ValidationError(f"{copied[table]} rows of {table} were copied, {live} are there; run it again")
         self.counts["copied"] = copied["embeddings"]
         if self.plan.sources:
-            self._ingest(shadow)
+            copied["embeddings"] += self._ingest(shadow)
             carry_over(self.lead, left_out)
+        self.counts |= {table: count_rows(self.lead, SHADOW, table) for table in TABLES}
+        if self.counts["embeddings"] != copied["embeddings"]:
+            raise _mixed("embeddings", self.counts["embeddings"], copied["embeddings"])
 
     def _copy(self, shadow: Database, left_out: list[str]) -> dict[str, int]:
         def on_copied(table: str, rows: int) -> None:
@@ -191,14 +195,17 @@ class _Rebuild:
         assert self.embedder is not None
         return Revectoring(self.lead, self.embedder, _model_in(shadow), left_out, on_copied).run()
 
-    def _ingest(self, shadow: Database) -> None:
-        """Chunk, embed and store the sources that are given, in the shadow, as if it were a store of its own."""
+    def _ingest(self, shadow: Database) -> int:
+        """Chunk, embed and store the sources that are given, in the shadow, as if it were a store of its own.
+
+        Returns how many documents that added.
+        """
         assert self.embedder is not None
         embedder = replace(self.embedder, database=shadow)
         if not self.plan.new_model:
             warm_vector_cache(self.lead, list(self.plan.sources), embedder.model_id, embedder.embedder.dimensions)
         ingestion = Ingestion(shadow, _model_in(shadow), lambda _write: None)
-        tally = Tally(None, lambda done, _: self._tell("filling", f"{done:,} documents of sources"))
+        tally = Tally(None, self._on_ingested)
         for source, items in self.plan.sources.items():
             before = tally["inserted"] + tally["updated"]
             ingestion.embed(_of_source(items(), source), embedder, _BATCH, tally)
@@ -210,6 +217,12 @@ class _Rebuild:
         self.counts["ingested"] = tally["inserted"] + tally["updated"]
         self.embedder.cache_hits += embedder.cache_hits
         self.embedder.embedded += embedder.embedded
+        return tally["inserted"]
+
+    def _on_ingested(self, done: int, _total: int | None) -> None:
+        """Between batches: without the lead's lock another rebuild may have made its own shadow of the same name."""
+        require_lock(self.lead)
+        self._tell("filling", f"{done:,} documents of sources")
 
     def _index_and_check(self, shadow: Database) -> None:
         with shadow.maintenance() as connection:
@@ -252,6 +265,9 @@ class _Rebuild:
             )
 
     def _swap(self, what: Exchange) -> None:
+        for table in TABLES:  # not in the exchange: while it lasts every search waits
+            if (found := count_rows(self.lead, SHADOW, table)) != self.counts[table]:
+                raise _mixed(table, found, self.counts[table])
         self._step("swapping", "waits for the searches under way")
         create_schema(self.lead, PREVIOUS, self.owner)
         self.swap = Swap(self.parts, self.lead, what)
@@ -265,7 +281,6 @@ class _Rebuild:
             statement = SQL("INSERT INTO {} ({}) SELECT {} FROM {}")
             self.lead.execute(statement.format(Identifier(table), columns, columns, in_shadow(table)))
         [(log_id,)] = self.lead.execute(_LAST_WRITE).fetchall()
-        self.counts |= {table: count_kept(self.lead, table, []) for table in TABLES}
         end_run(
             self.lead,
             self.run_id,
@@ -309,6 +324,13 @@ class _Rebuild:
             duration_ms=(time.monotonic() - self.started) * 1000,
             details=self.details,
         )
+
+
+def _mixed(table: str, found: int, filled: int) -> ValidationError:
+    return ValidationError(
+        f"{found} rows are in the new {table}, {filled} were filled in: another process writes there too; "
+        "nothing was changed: run it again when that has ended"
+    )
 
 
 def _model_in(shadow: Database) -> StoreModel:

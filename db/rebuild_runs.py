@@ -45,7 +45,8 @@ _RETIRE = "UPDATE rebuild_runs SET state = 'retired' WHERE state IN ('swapped', 
 _IS_HELD = """
     SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2
                    AND classid = %s::oid AND objid = %s::oid
-                   AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+                   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                   AND (%s::int IS NULL OR pid = %s))
 """
 _SCHEMA_SIZE = """
     SELECT count(*), coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)::bigint
@@ -109,7 +110,7 @@ def previous_oids(connection: Connection[Any]) -> list[int]:
 
 def unfinished_rebuild(connection: Connection[Any]) -> UnfinishedRebuild | None:
     """What is left of an interrupted rebuild, or None; one that still runs is no finding."""
-    [(running,)] = connection.execute(_IS_HELD, (LOCK_CLASS, int(Purpose.REBUILD))).fetchall()
+    [(running,)] = connection.execute(_IS_HELD, (LOCK_CLASS, int(Purpose.REBUILD), None, None)).fetchall()
     if running:
         return None
     run = connection.execute(_UNFINISHED, (_ENDED,)).fetchone()
@@ -117,6 +118,14 @@ def unfinished_rebuild(connection: Connection[Any]) -> UnfinishedRebuild | None:
         return None
     _, size = _tables_in(connection, SHADOW)
     return UnfinishedRebuild(run[1] if run else None, run[2] if run else None, size)
+
+
+def require_lock(connection: Connection[Any]) -> None:
+    """Raise BusyError unless `connection` holds the lock of rebuilds; psycopg.OperationalError where it is lost."""
+    pid = connection.info.backend_pid
+    [(held,)] = connection.execute(_IS_HELD, (LOCK_CLASS, int(Purpose.REBUILD), pid, pid)).fetchall()
+    if not held:
+        raise BusyError("this rebuild holds its lock no more, and another may have begun; run it again")
 
 
 def clear_remains(connection: Connection[Any]) -> UnfinishedRebuild | None:

@@ -24,7 +24,7 @@ from .rebuild_runs import (
     require_previous,
 )
 from .shadow import SHADOW, TABLES, create_schema, drop_schema, home_of
-from .shadow_fill import count_kept
+from .shadow_fill import count_kept, count_rows
 from .swap import PREVIOUS, Exchange, Swap
 from .types import StepProgress
 
@@ -129,6 +129,8 @@ class _Rollback:
     lost: Changes
 
     def run(self, swap_wait_s: float) -> RollbackResult:
+        # Before the exchange: nobody writes to these tables, and while it lasts every search waits.
+        self.counts = {table: count_rows(self.lead, PREVIOUS, table) for table in TABLES}
         self.swap.run(wait_s=swap_wait_s, prepare=self._bring_forth, conclude=self._conclude)
         model = self.swap.what.after
         return RollbackResult(
@@ -143,7 +145,6 @@ class _Rollback:
             )
 
     def _conclude(self) -> None:
-        self.counts = {table: count_kept(self.lead, table, []) for table in TABLES}
         [(log_id,)] = self.lead.execute(_LAST_WRITE).fetchall()
         end_run(
             self.lead,

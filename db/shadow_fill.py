@@ -63,6 +63,13 @@ def count_kept(connection: Connection[Any], table: str, left_out: Sequence[str])
     return int(count)
 
 
+def count_rows(connection: Connection[Any], schema: str, table: str) -> int:
+    """How many rows the table `table` of `schema` has."""
+    statement = SQL("SELECT count(*) FROM {}").format(Identifier(schema, table))
+    [(count,)] = connection.execute(statement).fetchall()
+    return int(count)
+
+
 def copy_rows(connection: Connection[Any], table: str, left_out: Sequence[str], on_copied: OnCopied) -> int:
     """Copy the live rows that are not of the sources `left_out`. Returns how many."""
     columns = SQL(", ").join(map(Identifier, columns_of(connection, table)))

@@ -13,6 +13,8 @@ from db.rebuild import rebuild
 from db.rebuild_forecast import forecast
 from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import previous_tables, retire_previous, unfinished_rebuild
+from db.rollback import roll_back
+from db.swap import exchange
 from tests.integration.counting import Counting, items
 
 DOCUMENTS = "SELECT * FROM embeddings ORDER BY id"
@@ -344,3 +346,63 @@ def test_a_forecast_tells_what_would_be_done_and_does_nothing(filled, settings, 
     result = rebuild(settings, RebuildPlan(new_model=True), Counting("another"))
     assert everything.texts_to_embed == result.embedded
     assert before is not None
+
+
+# -- between the filling and the swap ------------------------------------------------------------------
+
+_SCANS = """
+    SELECT coalesce(sum(seq_scan), 0) + coalesce(sum(idx_scan), 0)
+    FROM pg_stat_xact_user_tables WHERE relname IN ('embeddings', 'chunks')
+"""
+
+
+def test_no_table_is_read_through_while_every_search_waits(filled, settings, monkeypatch):
+    before, after = [], []
+
+    def observed(connection, what, *, prepare, conclude, **options):
+        def look_and_prepare():
+            before[:] = connection.execute(_SCANS).fetchall()
+            prepare()
+
+        def conclude_and_look():
+            conclude()
+            after[:] = connection.execute(_SCANS).fetchall()
+
+        return exchange(connection, what, prepare=look_and_prepare, conclude=conclude_and_look, **options)
+
+    monkeypatch.setattr("db.swap.exchange", observed)
+    result = rebuild(settings, RebuildPlan())
+    assert (result.documents, result.chunks) == (43, filled.get_statistics().chunks)
+    assert after == before != []
+    back = roll_back(settings)
+    assert after == before
+    assert (back.documents, back.chunks) == (result.documents, result.chunks)
+
+
+def test_rows_that_somebody_else_put_into_the_new_tables_stop_it(filled, settings, sql, admin):
+    def intruding(step, _details):
+        if step == "checking":
+            sql("INSERT INTO vectorkeep_shadow.embeddings (id, text) VALUES ('stray', 'of another rebuild')")
+
+    with pytest.raises(db.ValidationError, match="44 rows are in the new embeddings, 43 were filled in"):
+        rebuild(settings, RebuildPlan(on_progress=intruding))
+    assert sql("SELECT count(*) FROM embeddings WHERE id = 'stray'") == [(0,)]
+    assert unfinished_rebuild(admin) is None
+
+
+def test_a_rebuild_that_has_lost_its_lock_stops_writing(filled, settings, sql, embedder, monkeypatch):
+    """Another one may have begun: what this one wrote from then on would be among that one's rows."""
+    monkeypatch.setattr("db.rebuild._BATCH", 10)
+    given = 0
+
+    def losing():
+        nonlocal given
+        for given in range(1, 501):
+            if given == 100:
+                sql("SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE locktype = 'advisory' AND objid = 6 "
+                    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())")  # fmt: skip
+            yield {"id": f"n{given}", "text": f"text {given}"}
+
+    with pytest.raises(db.UnavailableError):
+        rebuild(settings, RebuildPlan(sources={"s1": losing}), embedder)
+    assert given < 150
