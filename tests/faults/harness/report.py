@@ -93,7 +93,7 @@ class Report:
         yield f"  oldest bounded read {told['bounded_staleness_ms']:.0f} ms; the bound is {bound_ms} ms"
         p50, p99 = (told["recovery_ms"][name] for name in ("p50", "p99"))
         yield f"  recovery p50 {p50} ms, p99 {p99} ms; connections leaked {told['connections_leaked']}"
-        yield f"  refused with an error of ours: {told['refused']}"
+        yield f"  calls refused, by error: {told['refused']}"
         yield f"  faults that found nothing to strike: {told['faults_without_target']}"
         for problem in (*told["unexpected"], *told["details"]):
             yield f"  ! {problem}"
