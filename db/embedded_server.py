@@ -23,6 +23,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.pq import PGconn, Ping
 
 from .embedded_place import Account, Place, make_folder
+from .embedded_process import occupant_of
 from .errors import UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class Postgres(Server):
             self._make_cluster(lock)
         # PostgreSQL takes any process that has the pid in these files for a running server, a zombie too.
         # Nothing of ours is alive: we hold the lock. One that somebody started by hand keeps its file.
-        if not self._was_started_by_hand():
+        if occupant_of(self.folder) not in ("works here", "unknown"):
             (self.folder / "postmaster.pid").unlink(missing_ok=True)
             for name in (self.socket_path.name, f"{self.socket_path.name}.lock"):
                 self.socket_path.with_name(name).unlink(missing_ok=True)
@@ -196,14 +197,6 @@ class Postgres(Server):
     def start_options(self) -> str:
         """The command line that the running server was started with, as it notes it itself."""
         return (self.folder / "postmaster.opts").read_text(errors="replace")
-
-    def _was_started_by_hand(self) -> bool:
-        try:
-            pid = (self.folder / "postmaster.pid").read_text().split("\n", 1)[0].strip()
-            arguments = Path(f"/proc/{int(pid)}/cmdline").read_bytes().split(b"\0")
-        except (OSError, ValueError):
-            return False
-        return os.fsencode(self.folder) in arguments
 
     def _make_cluster(self, lock: int) -> None:
         """Make the data folder with its database aside and rename it: it exists whole, or not at all."""

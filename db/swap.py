@@ -57,6 +57,15 @@ _ACTIVATE = """
 _LOG = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id"
 
 
+# Autovacuum gives way to who waits for longer than deadlock_timeout, and no stint is that long. A lock that keeps out
+# vacuum alone can be waited for: nobody queues behind it.
+_PATIENT = """
+    SELECT set_config('lock_timeout', (setting::int + 200)::text, true)
+    FROM pg_settings WHERE name = 'deadlock_timeout'
+"""
+_KEEP_VACUUM_OUT = SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(map(Identifier, TABLES)))
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """What is to be exchanged, and what must still be so in the transaction that does it.
@@ -125,6 +134,8 @@ def exchange(
         stint_ms = _STINTS_MS[min(attempt, len(_STINTS_MS) - 1)]
         try:
             with connection.transaction():
+                connection.execute(_PATIENT)
+                connection.execute(_KEEP_VACUUM_OUT)
                 connection.execute(f"SET LOCAL lock_timeout = {stint_ms}")
                 prepare()
                 logged = _exchange(connection, what)

@@ -4,11 +4,11 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from ..embedded_disk import NETWORK_FILE_SYSTEMS, file_system_type, mount_table
+from ..embedded_process import occupant_of
 from ..errors import BusyError
 from .base import Examination, Found, Needs, check, fail, megabytes, ok, warn
 
@@ -41,7 +41,7 @@ def embedded_files(examination: Examination) -> Iterator[Found]:
             )
     data = _data(home)
     with _not_running(home, "postgres") as stopped:
-        in_doubt = stopped and _by_hand(data) == "may run"
+        in_doubt = stopped and occupant_of(data) in ("elsewhere", "unknown", "garbled")
     if in_doubt:
         yield warn(
             f"{data / 'postmaster.pid'} may be of a server that runs: it names a PostgreSQL process, or cannot be told",
@@ -106,7 +106,7 @@ def _files(home: Path, server: str) -> list[Path]:
     data, sockets = _data(home), home / "servers" / "run"
     if server == "valkey":
         candidates = [sockets / "valkey.sock"]
-    elif _by_hand(data) != "gone":
+    elif occupant_of(data) != "gone":  # in doubt they are no leftovers
         candidates = []
     else:
         candidates = [data / "postmaster.pid", *sorted(sockets.glob(".s.PGSQL.*")), data.with_name("postgres.partial")]
@@ -115,43 +115,6 @@ def _files(home: Path, server: str) -> list[Path]:
 
 def _data(home: Path) -> Path:
     return home / "servers" / "postgres"
-
-
-def _by_hand(data: Path) -> Literal["runs", "may run", "gone"]:
-    """Whether somebody started a server on `data` without us: its files are no leftovers.
-
-    A server works in its data folder, however that was named to it. In doubt it may run: without its pid file a
-    server shuts down.
-    """
-    try:
-        # A single-user one notes its process with a minus.
-        pid = abs(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
-    except FileNotFoundError:
-        return "gone"
-    except (OSError, ValueError):
-        return "may run"  # one that starts has not filled it yet
-    if not _is_alive(pid):
-        return "gone"
-    process = Path(f"/proc/{pid}")
-    try:
-        if not (process / "cmdline").read_bytes():
-            return "gone"  # a zombie
-        name = (process / "comm").read_text().strip()
-    except OSError:
-        return "may run"
-    with suppress(OSError):  # only its own user and root may see where it works
-        if (process / "cwd").samefile(data):
-            return "runs"
-    return "may run" if name in ("postgres", "postmaster") else "gone"
-
-
-def _is_alive(pid: int) -> bool:
-    with suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-    return True
 
 
 def _remove(home: Path, server: str) -> str:

@@ -107,6 +107,15 @@ def test_embed_batch_loads_so_too(registered, indexes):
     assert indexes() == INDEXES
 
 
+def test_a_model_registered_while_another_loads_gets_its_indexes_from_the_load(database_url, indexes):
+    with db.connect(database_url, False) as loader, db.connect(database_url, False) as other:
+        with loader.bulk_load():
+            assert other.batch_upsert(documents(3)).inserted == 3
+            assert indexes() == {}
+            loader.batch_upsert(documents(2, "more"))
+        assert indexes() == INDEXES
+
+
 def test_few_rows_are_written_beside_the_index(registered, indexes):
     during = []
     registered.batch_upsert(documents(MANY - 1), on_progress=lambda *_: during.append(indexes()))

@@ -138,6 +138,20 @@ def test_lost_rows_show_in_recall_and_in_the_look_up(filled, sql):
     assert broken(filled) == set()
 
 
+def test_an_index_that_holds_next_to_nothing_is_not_saved_by_the_comparison_of_all_rows(store, sql):
+    """Each search finds too few and compares all rows in the end: its answers are right, its index is worthless."""
+    fill(store, sql, 3)
+    state = "UPDATE pg_index SET indisready = %s, indisvalid = %s WHERE indexrelid = 'embeddings_vector_idx'::regclass"
+    sql(state, False, False)
+    assert store.batch_upsert(documents(unit_rows(3000)), bulk=False).failed == 0
+    sql(state, True, True)
+    sql("ANALYZE embeddings")
+    report = store.measure_recall(sample=50)
+    assert (report.recall, report.through_index) == (1.0, 0)
+    assert report.unreachable > 0.9 * report.looked_up > 0
+    assert ("embeddings", "many-unreachable") in broken(store)
+
+
 def test_a_few_lost_rows_degrade(filled, sql):
     leave_out_of_the_index(sql, 60)
     filled.measure_recall(sample=400)
@@ -178,6 +192,7 @@ def test_an_index_much_of_which_is_gone_is_bloated(filled, sql):
 
 
 def test_changes_since_the_build_are_counted(filled, sql, until):
+    until(lambda: documents_index(filled).changes_since_build is not None)  # the load's own counters are late
     before = documents_index(filled).changes_since_build
     sql("UPDATE embeddings SET embedding = embedding WHERE id < 'd00100'")
     sql("UPDATE embeddings SET metadata = '{\"a\": 1}' WHERE id >= 'd02990'")
@@ -192,6 +207,14 @@ def test_an_index_that_nobody_used_for_a_week(filled, monkeypatch):
     assert documents_index(filled).used is None  # too soon to say
     monkeypatch.setattr(index_facts, "UNUSED_AFTER", index_facts.UNUSED_AFTER * 0)
     assert broken(filled) == {("embeddings", "unused"), ("chunks", "unused")}
+
+
+def test_an_index_made_a_moment_ago_is_not_unused(filled, sql, monkeypatch):
+    """Its counter is as old as the server, but it is not."""
+    [(half,)] = sql("SELECT (now() - greatest(pg_postmaster_start_time(), (SELECT stats_reset FROM pg_stat_database "
+                    "WHERE datname = current_database()))) / 2")  # fmt: skip
+    monkeypatch.setattr(index_facts, "UNUSED_AFTER", half)
+    assert documents_index(filled).used is None
 
 
 @pytest.mark.every_server

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 import db
+from db.locks import LOCK_CLASS, Purpose
 from db.vector_index import leftovers
 
 INVALID = "SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid WHERE NOT indisvalid"
@@ -123,3 +124,39 @@ def test_progress_tells_the_phase_of_a_build(stale, held, until):
     thread.join(15)
     details = next(d for name, d in told if name == "rebuild stale indexes" and d)
     assert details.startswith("embeddings: ")
+
+
+def test_a_deadline_is_kept_where_another_process_builds(stale, admin):
+    admin.execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, int(Purpose.INDEX_BUILD)))
+    started = time.monotonic()
+    result = stale.maintain(skip_cleanup=True, deadline_s=1)
+    assert time.monotonic() - started < 15
+    assert outcomes(result)["rebuild stale indexes"] in ("failed", "not reached")
+    assert outcomes(result)["tune searches"] == "not reached"
+
+
+@pytest.fixture
+def unindexed(stale, sql):
+    sql("DROP INDEX embeddings_vector_idx")
+    return stale
+
+
+def test_a_build_that_was_stopped_leaves_no_invalid_index(unindexed, held, sql, until):
+    cancel = threading.Event()
+    thread, results = in_background(lambda: unindexed.maintain(skip_cleanup=True, cancel=cancel))
+    until(lambda: sql(REINDEXING) == [(1,)] and sql(INVALID))
+    cancel.set()
+    until(lambda: sql(REINDEXING) == [(0,)])
+    held.rollback()
+    thread.join(15)
+    assert outcomes(results[0])["build missing indexes"] == "not reached"
+    assert sql(INVALID) == []
+
+
+def test_indexes_are_left_to_a_bulk_load_that_runs(stale, database_url, sql):
+    with db.connect(database_url, False) as other, other.bulk_load():
+        result = stale.maintain(skip_cleanup=True)
+        [told] = [s.details for s in result.steps if s.name == "build missing indexes"]
+        assert told.startswith("a bulk load runs, and builds")
+        assert sql("SELECT to_regclass('embeddings_vector_idx')") == [(None,)]
+    assert sql("SELECT indisvalid FROM pg_index WHERE indexrelid = 'embeddings_vector_idx'::regclass") == [(True,)]

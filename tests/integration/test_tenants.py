@@ -223,11 +223,12 @@ def test_an_id_that_another_tenant_has_is_refused_alone(owner, stores, sql):
     assert [id_ for id_, _ in embedded.errors] == ["blue"]
 
 
-def test_a_document_for_another_workspace_is_denied(stores, sql):
+def test_a_document_for_another_workspace_is_refused_and_stops_no_other(stores, sql):
     for metadata in ({"workspace": "blue"}, {}):
-        with pytest.raises(db.PermissionDeniedError):
-            stores["red"].batch_upsert([document("x", metadata=metadata)])
-    assert sql("SELECT 1 FROM embeddings WHERE id = 'x'") == []
+        result = stores["red"].batch_upsert([of("red", "mine"), document("x", metadata=metadata)])
+        assert [id_ for id_, _ in result.errors] == ["x"]
+        assert "row-level security" in result.errors[0][1]
+    assert sql("SELECT id FROM embeddings WHERE id IN ('x', 'mine')") == [("mine",)]
 
 
 def test_a_tenant_updates_and_moves_its_documents(roles, urls, stores, sql):
