@@ -33,6 +33,8 @@ OURS = [
     (pg.AdminShutdown("bye"), UnavailableError, "cannot serve"),
     (pg.DiskFull("no space"), UnavailableError, "cannot serve"),
     (pg.ReadOnlySqlTransaction("standby"), UnavailableError, "cannot serve"),
+    (pg.InternalError_("could not write to log file"), UnavailableError, "vectorkeep doctor"),
+    (pg.DataCorrupted("invalid page"), UnavailableError, "vectorkeep doctor"),
     (pg.DeadlockDetected("deadlock"), UnavailableError, "cannot serve"),
 ]
 

@@ -210,8 +210,6 @@ def _torn_hit(hit):
 
 def tell_error(ledger, kind, exc):
     known = isinstance(exc, db.VectorKeepError) and not isinstance(exc, db.SchemaError | db.ValidationError)
-    # A file size limit stands in for a full disk: of that the server tells with a code of its own, of this it does not.
-    known = known or "File too large" in str(exc)
     ledger.tell("error", kind=kind, name=type(exc).__name__, known=known, text=str(exc)[:500])
 
 
