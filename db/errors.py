@@ -103,7 +103,7 @@ def from_driver(exc: BaseException) -> VectorKeepError | None:
         case psycopg.OperationalError() | pg.InsufficientResources() | pg.ReadOnlySqlTransaction():
             return UnavailableError(f"the database cannot serve this now: {text}")
         case psycopg.Error() if (exc.sqlstate or "").startswith("XX"):
-            return UnavailableError(f"the server failed within itself: {text}; see its log, and run 'vectorkeep doctor'")
+            return UnavailableError(f"the server failed within itself: {text}; see its log, run 'vectorkeep doctor'")
         case _ if is_transient(exc):
             return UnavailableError(f"the database cannot serve this now: {text}")
     return None
