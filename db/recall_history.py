@@ -50,7 +50,7 @@ class PastMeasurement:
     zero_vectors: int
     rows: int
     changes: int | None
-    recommended_ef_search: int | None
+    recommended_ef_search: int | None = None
 
 
 def record_measurement(connection: Connection[Any], model: Model, report: RecallReport, *, filtered: bool) -> None:

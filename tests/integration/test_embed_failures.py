@@ -86,26 +86,3 @@ def test_a_document_deleted_while_only_its_metadata_was_to_change_is_embedded_af
     assert sql("SELECT id FROM embeddings WHERE embedding IS NULL OR metadata <> '{\"n\": -1}' ORDER BY id") == [
         ("new",)
     ]
-
-
-def test_a_text_that_changed_while_only_metadata_was_to_change_gets_a_vector_of_its_own(database_url, redis_url, sql):
-    """The vector was found to stay a moment before another writer changed the text, and with it the vector."""
-
-    class Interrupting(Counting):
-        def embed(self, texts):
-            if "new" in texts:
-                with db.connect(database_url, False, embedder=Counting()) as other:
-                    other.embed_batch([{"id": "00001", "text": "other"}])
-            return super().embed(texts)
-
-    with db.connect(database_url, redis_url, embedder=Interrupting()) as store:
-        store.embed_batch(items(4))
-        changed = [{**item, "metadata": {"n": -1}} for item in items(4)]
-        result = store.embed_batch([*changed, {"id": "new", "text": "new"}])
-        assert counts(result)["updated"] == 4
-        [document] = store.get(["00001"])
-        assert document.text == "text number 1"
-        assert document.metadata == {"n": -1}
-        assert np.array_equal(document.embedding, vector_of("text number 1"))
-        assert [chunk.text for chunk in document.chunks] == ["text number 1"]
-    assert sql("SELECT count(*) FROM embeddings WHERE model_id IS NULL") == [(0,)]

@@ -141,7 +141,8 @@ def test_searches_are_tuned_to_the_target_and_new_stores_use_it(texts_store, tex
     assert before.recall < 0.99
     assert tuning.ef_search > 40
     assert f"{tuning.ef_search} is the lowest that meets 0.99" in tuning.reason
-    [confirmed] = tuning.confirmed.values()
+    # The default of 100 may be the right one already: then nothing new is there to be confirmed.
+    confirmed = next(iter(tuning.confirmed.values()), tuning.reports["documents"])
     assert (confirmed.ef_search, confirmed.recall > before.recall) == (tuning.ef_search, True)
     questions = [(vector, None) for vector in asked[200:]]
     truth = [numpys_recall(texts_store, stored, questions, ef) for ef in (40, tuning.ef_search)]

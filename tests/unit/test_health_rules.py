@@ -35,7 +35,7 @@ HEALTHY = Facts(
     ),
     vectors=50_000,
     without_vector=0,
-    built=Built(50_000, 39_000_000, 50_000, datetime.now(UTC)),
+    built=Built(50_000, 39_000_000, 50_000, datetime.now(UTC) - timedelta(days=30)),
     building=None,
     planned=True,
     planned_generic=True,
