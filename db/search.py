@@ -1,8 +1,8 @@
 """Nearest-neighbour search: from a query vector to hits.
 
 An index scan brings candidates by halfvec distance; they are ranked again by the exact distance of the
-full vectors. Where few rows pass the filter, or the scan brought fewer than k, every row that passes is
-compared instead. The exact form is written so that no vector index can serve it.
+full vectors. Where few rows pass the filter, or the scan brought fewer than its candidates, every row that
+passes is compared instead. The exact form is written so that no vector index can serve it.
 """
 
 import itertools
@@ -101,9 +101,9 @@ class Searcher:
             if not self._begin_scan(connection, query, model):
                 return _run(connection, query, model, exact=True)
             found = _run(connection, query, model, exact=False)
-            if len(found.result) >= query.k:
+            if found.result.complete:
                 return found
-            # The scan ran dry: a filter that few rows pass, or rows it could not reach.
+            # The scan ran dry: few rows pass the filter or the server's policies, or it could not reach them.
             exact = _run(connection, query, model, exact=True)
             return Answer(exact.result, found.snapshot, found.life)  # the older snapshot: the safe one to cache with
 
@@ -215,9 +215,11 @@ def _run(connection: Connection[Any], query: Query, model: Model, *, exact: bool
     # A plan made for all values is wrong for a filter that few rows pass: no prepared statement there.
     prepare = None if query.filter == Filter() and not exact else False
     rows = connection.execute(statement, values, prepare=prepare).fetchall()
-    hits = tuple(_hit(row[2:], model) for row in rows if row[2] is not None)
-    complete = len(hits) >= query.k or exact
-    return Answer(SearchResult(hits=hits, complete=complete, cached=False, exact=exact), *rows[0][:2])
+    snapshot, life, candidates = rows[0][:3]
+    hits = tuple(_hit(row[3:], model) for row in rows if row[3] is not None)
+    # k hits of a scan that gave up are not the k nearest: it looks around the query, but not in order.
+    complete = exact or (candidates or 0) >= query.candidates
+    return Answer(SearchResult(hits=hits, complete=complete, cached=False, exact=exact), snapshot, life)
 
 
 def _bound_statement(query: Query, model: Model, *, exact: bool) -> tuple[sql.Composed, list[Any]]:
@@ -282,13 +284,13 @@ _TEMPLATE = sql.SQL("""
 """)
 _HITS = {
     "documents": sql.SQL("""
-        SELECT target.id, target.id AS document_id, target.source_id, target.text, target.metadata,
-               nearest.distance
+        SELECT (SELECT count(*) FROM candidates), target.id,
+               target.id AS document_id, target.source_id, target.text, target.metadata, nearest.distance
         FROM nearest JOIN embeddings AS target ON target.id = nearest.id
     """),
     "chunks": sql.SQL("""
-        SELECT target.id, coalesce(target.document_id, target.origin_id) AS document_id,
-               target.source_id, target.text,
+        SELECT (SELECT count(*) FROM candidates), target.id,
+               coalesce(target.document_id, target.origin_id) AS document_id, target.source_id, target.text,
                coalesce(document.metadata, '{}') || target.metadata AS metadata, nearest.distance
         FROM nearest JOIN chunks AS target ON target.id = nearest.id
         LEFT JOIN embeddings AS document ON document.id = target.document_id

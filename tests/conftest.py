@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,6 +208,9 @@ def pytest_configure(config: pytest.Config) -> None:
         docker_answers()
         docker, root = worker["docker"], Path(worker["servers_root"])
     config.stash[SERVERS] = make_servers(root, docker=docker)
+    # Begun in the background of a script, a process ignores Ctrl-C, and so would the commands that the tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A developer's own settings must not reach the tests.
     for name in [name for name in os.environ if name.startswith("VECTORKEEP_")]:
         if not name.startswith("VECTORKEEP_TEST_"):

@@ -406,5 +406,6 @@ def test_a_small_tenant_in_a_big_store_gets_its_k_rows(database_url, roles, work
                 assert len(result) == 10
                 assert result.complete
                 found += len({int(hit.id[1:]) for hit in result} & top(unit, query, 10))
-            # The named workspace is known to be small, and compared whole. The other way the index is asked first.
-            assert found / 200 >= (1.0 if asked else 0.9)
+            # The named workspace is known to be small, and compared whole. The other way the index is asked first:
+            # it brings ten and more of the tenant's rows before it gives up, but not always the nearest.
+            assert found == 200
