@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
 from tests.conftest import database_at, execute
 
-from .conftest import ROOT, Ran, environment, run_command
+from .conftest import ROOT, Ran, environment, forked, run_command
 from .guide import all_commands, entries
 
 ENTRIES = entries()
@@ -150,7 +150,7 @@ def scene(filled, make_database, redis_url, tmp_path) -> Scene:
     url = make_database(name)
     commands = tmp_path / "bin"
     commands.mkdir()
-    (commands / "vectorkeep").write_text(f'#!/bin/sh\nexec {sys.executable} -m ops "$@"\n')
+    (commands / "vectorkeep").write_text(f'#!/bin/sh\nexec {shlex.join(forked())} "$@"\n')
     (commands / "vectorkeep").chmod(0o755)
     (commands / "psql").symlink_to(_psql())
     env = environment(VECTORKEEP_DATABASE_URL=url, VECTORKEEP_REDIS_URL=redis_url)
