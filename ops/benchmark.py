@@ -1,11 +1,12 @@
 """`vectorkeep benchmark`: how fast this is beside hand-written psycopg, on this machine and server."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
 
+from .benchmark_load import measure_load
 from .benchmarks.catalogue import NAMES, measure
 from .benchmarks.machine import described, machine
 from .benchmarks.plan import Run
@@ -18,6 +19,7 @@ from .opening import target_url
 _ROWS = 20_000
 _QUICK_ROWS = 2_000
 _WIDE = 1536
+_ROUNDS = 3
 
 _HOW = (
     "Both sides write the same rows, all columns of them, to the same table with the same indexes on the same server; "
@@ -41,7 +43,9 @@ def benchmark(
         int | None,
         typer.Option(min=100, help=f"Rows that most measures write, {_ROWS:,} by default; large tables have more."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="How often each side is timed.")] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(min=3, help=f"How often each side is timed, {_ROUNDS} by default.")
+    ] = None,
     dimensions: Annotated[
         int | None,
         typer.Option(
@@ -53,12 +57,34 @@ def benchmark(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute, and noisier.")] = False,
+    load: Annotated[
+        bool,
+        typer.Option("--load", help="Instead: one store under load, many threads that write and search at once."),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="With --load: processes, 2 by default.", show_default=False)
+    ] = None,
+    writers: Annotated[
+        int | None, typer.Option(min=0, help="With --load: threads that write in each process, 2 by default.")
+    ] = None,
+    readers: Annotated[
+        int | None, typer.Option(min=0, help="With --load: threads that search in each process, 4 by default.")
+    ] = None,
+    seconds: Annotated[
+        int | None, typer.Option(min=1, help="With --load: for how long, 60 by default; 600 to judge memory by.")
+    ] = None,
 ) -> None:
-    """Measure how fast this is, side by side with hand-written psycopg.
+    """Measure how fast this is, side by side with hand-written psycopg; with --load, how it bears many callers.
 
     Works in scratch databases on the server that is named, or the embedded one, and drops them at the end; no
     store is touched. A target that is missed is said, and is no error.
     """
+    of_load = {"--processes": processes, "--writers": writers, "--readers": readers, "--seconds": seconds}
+    if load:
+        _refuse({"--only": only, "--rounds": rounds, "--quick": quick or None}, "means nothing with --load")
+        measure_load(cli, processes, writers, readers, seconds, rows or _ROWS, dimensions)
+        return
+    _refuse(of_load, "means something only with --load")
     names = _checked_names(only)
     vectors = TextVectors() if dimensions is None else SyntheticVectors(dimensions)
     wide = SyntheticVectors(_WIDE) if dimensions is None else None
@@ -67,9 +93,16 @@ def benchmark(
         scratch = Scratch(url)
         with scratch.server() as connection:
             where = machine(connection)
-        run = Run(scratch, rows or (_QUICK_ROWS if quick else _ROWS), rounds, vectors, wide, cli.output.say)
+        run = Run(scratch, rows or (_QUICK_ROWS if quick else _ROWS), rounds or _ROUNDS, vectors, wide, cli.output.say)
         measure(run, names)
     _print(cli, run, where, round(time.perf_counter() - started, 1))
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Raise BadParameter for an option that was given though it means nothing here."""
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(why, param_hint=name)
 
 
 def _checked_names(only: Sequence[str] | None) -> Sequence[str]:

@@ -46,7 +46,7 @@ def measure_memory(run: Run, database: ScratchDatabase, rows: int) -> None:
 
 
 def _measured_in_a_process(run: Run, database: ScratchDatabase, way: str, rows: int) -> dict[str, Any]:
-    environment = {**os.environ, _URL: database.url, "PYTHONPATH": _python_path()}
+    environment = {**os.environ, _URL: database.url, "PYTHONPATH": python_path()}
     command = [sys.executable, "-m", __name__, way, str(database.vectors.dimensions), str(rows)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
@@ -57,7 +57,7 @@ def _measured_in_a_process(run: Run, database: ScratchDatabase, way: str, rows: 
     return measured
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """Where this package lies, before what the environment names."""
     return os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
 

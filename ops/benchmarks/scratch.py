@@ -75,7 +75,7 @@ class Scratch:
         self.checkpoints = True  # False from when the role was refused one
 
     @contextmanager
-    def database(self, vectors: Vectors) -> Iterator["ScratchDatabase"]:
+    def database(self, vectors: Vectors, *, autovacuum: bool = False) -> Iterator["ScratchDatabase"]:
         """An empty store for `vectors`, dropped at the end of the block."""
         name = self._new_name()
         with self._dropped_after(name):
@@ -84,7 +84,7 @@ class Scratch:
             upgrade(url)
             register_model(url, vectors.model_id, vectors.dimensions, "cosine")
             with self._opened(name, vectors) as opened:
-                for table in ("embeddings", "chunks"):
+                for table in () if autovacuum else ("embeddings", "chunks"):
                     opened.connection.execute(sql.SQL(_NO_AUTOVACUUM).format(sql.Identifier(table)))
                 yield opened
 
