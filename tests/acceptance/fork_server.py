@@ -19,7 +19,7 @@ _ROOM = 200_000  # bytes of a request; a whole environment is in it
 def serve(path: str) -> None:
     from pathlib import Path  # not at the top: each client would wait for it
 
-    for module in ("ops.main", "wordllama"):  # the second is what a command imports that embeds
+    for module in ("wordllama", "ops.__main__"):  # the first is what a command imports that embeds
         importlib.import_module(module)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _ROOM)
@@ -64,9 +64,9 @@ def _run(request: dict) -> None:
     time.tzset()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["vectorkeep", *request["arguments"]]
-    from ops.main import app
+    from ops.__main__ import main
 
-    app(prog_name="vectorkeep")  # ends by SystemExit, through the frames of the server
+    main()  # ends by SystemExit, through the frames of the server
 
 
 def run(path: str, arguments: list[str]) -> int:
