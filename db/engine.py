@@ -13,7 +13,7 @@ import sqlalchemy
 from psycopg import Connection, Cursor, sql
 from psycopg.abc import Params, Query
 from psycopg.types.json import set_json_dumps, set_json_loads
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolTimeout
 from sqlalchemy import event
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
@@ -96,6 +96,24 @@ class StoreConnection(Connection[Any]):
         self.identity = Identity(*row)
 
 
+class _Pool(ConnectionPool[StoreConnection]):
+    """psycopg's pool, which forgets callers that gave up waiting.
+
+    psycopg's own keeps each in its queue until a connection comes back, and with it the error that the caller got and,
+    by its traceback, all that the caller had in hand: of a server that is gone for an hour, every batch that failed.
+    """
+
+    def getconn(self, timeout: float | None = None) -> StoreConnection:
+        try:
+            return super().getconn(timeout)
+        except PoolTimeout:
+            with self._lock:
+                waiting = [client for client in self._waiting if client.error is None]
+                self._waiting.clear()
+                self._waiting.extend(waiting)
+            raise
+
+
 class _Dialect(PGDialect_psycopg):
     """psycopg's dialect without its notice handler.
 
@@ -135,7 +153,7 @@ class Database:
         self.model: Model | None = None
         self.model_life: str | None = None
         self._maintenance_url = settings.direct_url() or url
-        self.pool: ConnectionPool[StoreConnection] = ConnectionPool(
+        self.pool: ConnectionPool[StoreConnection] = _Pool(
             session_conninfo(url, settings),
             connection_class=StoreConnection,
             kwargs={"autocommit": True, "prepare_threshold": settings.prepare_threshold},

@@ -99,7 +99,10 @@ def from_driver(exc: BaseException) -> VectorKeepError | None:
         case psycopg_pool.PoolClosed():
             return ClosedError("the store was closed during this call")
         case psycopg_pool.PoolTimeout() | psycopg_pool.TooManyRequests():
-            return UnavailableError(f"no database connection became free: {text}")
+            return UnavailableError(
+                f"no database connection became free: {text}; call from fewer threads at once, or raise pool_max or "
+                "pool_timeout_s; 'vectorkeep doctor' tells whether the server has connections left"
+            )
         case psycopg.OperationalError() | pg.InsufficientResources() | pg.ReadOnlySqlTransaction():
             return UnavailableError(f"the database cannot serve this now: {text}")
         case psycopg.Error() if (exc.sqlstate or "").startswith("XX"):

@@ -54,7 +54,7 @@ class MetricsRecorder:
         self._buffer: deque[tuple[Any, ...]] = deque(maxlen=_MAX_BUFFERED)
         self._wake = threading.Event()
         self._closing = False
-        self._warned = False
+        self._warned: set[str] = set()
         self._refused = False
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -89,19 +89,30 @@ class MetricsRecorder:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits. Never raises; what the server refuses is dropped, with one warning."""
+        """Write what waits, and do the background's work. Never raises; what the server refuses is dropped.
+
+        One does not wait for the other: where no metric can be written, invalidations are delivered all the same.
+        """
         rows = [self._buffer.popleft() for _ in range(len(self._buffer))]
-        try:
-            if rows and not self._refused:
-                self._write(rows)
+        with self._told("metrics.not_written"):
+            self._write(rows)
+        with self._told("background.not_done"):
             self._background()
-        except Exception as exc:  # noqa: BLE001  (whatever it is, it must not end the thread or reach a caller)
-            if not self._warned:
-                logger.warning("metrics.not_written", extra={"dropped": len(rows), "reason": str(exc).strip()})
-            self._warned = True
+
+    @contextmanager
+    def _told(self, event: str) -> Iterator[None]:
+        """Whatever fails in the block must not end the thread or reach a caller: one warning, the first time."""
+        try:
+            yield
+        except Exception as exc:  # noqa: BLE001
+            if event not in self._warned:
+                logger.warning(event, extra={"reason": str(exc).strip()})
+            self._warned.add(event)
 
     def _write(self, rows: Sequence[tuple[Any, ...]]) -> None:
         """Keep `rows`. A role that only reads, or a tenant, leaves no metrics."""
+        if not rows or self._refused:
+            return
         try:
             with self._database.connection(BACKGROUND_WAIT_S) as connection, connection.transaction():
                 connection.execute(_DO_NOT_WAIT)

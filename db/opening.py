@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 
 from . import embedded, migrate
 from .bulk_load import warn_of_missing_indexes
@@ -18,6 +19,8 @@ from .transactions import LoggedWrite
 
 # How long a store may search with what another process has tuned anew since.
 _REFRESH_EVERY_S = 30.0
+# So many delivered writes at most wait to be marked as such; the oldest beyond that are delivered once more.
+_MAX_DELIVERED = 10_000
 
 
 class OpenParts:
@@ -45,7 +48,7 @@ class OpenParts:
         self.query_sampler = QuerySampler(self.database)
         self.metrics = MetricsRecorder(self.database, background=self._work_in_background)
         self._refresh_at = time.monotonic() + _REFRESH_EVERY_S
-        self._delivered: list[int] = []
+        self._delivered: deque[int] = deque(maxlen=_MAX_DELIVERED)
         self._closing = threading.Lock()
         self.closed = False
 
@@ -82,7 +85,7 @@ class OpenParts:
         """Off the callers' path: note which writes were delivered, and deliver those that were not."""
         if self.cache is None:
             return
-        delivered, self._delivered = self._delivered, []
+        delivered = [self._delivered.popleft() for _ in range(len(self._delivered))]
         if delivered:
             self.cache.mark_delivered(delivered)
         self.cache.deliver_undelivered()
