@@ -79,7 +79,7 @@ def fork_server() -> str:
 
 
 def forked(*arguments: str) -> list[str]:
-    """As `command`, without its start-up time of about a second. Faults and start-up itself need `command`."""
+    """As `command`, without its start-up time of about a second. What is about signals and start-up needs `command`."""
     return [sys.executable, "-IS", str(FORK_SERVER), fork_server(), *map(str, arguments)]
 
 

@@ -62,6 +62,7 @@ def _run(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     time.tzset()
+    importlib.reload(sys.modules["db.faults"])  # it reads the environment when it is imported
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["vectorkeep", *request["arguments"]]
     from ops.__main__ import main
@@ -75,7 +76,10 @@ def run(path: str, arguments: list[str]) -> int:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
         server.connect(path)
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
-        return int(server.recv(16))
+        code = int(server.recv(16))
+    if code < 0:
+        signal.raise_signal(-code)
+    return code
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from db.config import OpenAISettings, Settings, redacted
 from ops.command import Cli, Common
 from ops.output import Output
 
-from .conftest import ROOT, command, environment, run_command
+from .conftest import ROOT, environment, forked, run_command
 
 VECTOR = [1.0, *[0.0] * 7]
 COMMANDS = [
@@ -125,7 +125,7 @@ def test_no_command_that_fails_tells(urls, secret, fault, tmp_path):
 
 
 def _run_even_with_a_traceback(*arguments, env):
-    ended = subprocess.run(command(*arguments), cwd=ROOT, env=env, capture_output=True, timeout=120, check=False)
+    ended = subprocess.run(forked(*arguments), cwd=ROOT, env=env, capture_output=True, timeout=120, check=False)
     told = (ended.stdout + ended.stderr).decode()
     assert told
     return told

@@ -7,7 +7,7 @@ import pytest
 from alembic import command as alembic
 
 from db.migrate import alembic_config, current_revision, head_revision, upgrade
-from tests.acceptance.conftest import ROOT, command, environment
+from tests.acceptance.conftest import ROOT, environment, forked
 
 REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006"]
 ROWS = """
@@ -23,7 +23,7 @@ STORED = (
 def migrate(url, fault=""):
     env = environment(VECTORKEEP_DATABASE_URL=url, VECTORKEEP_REDIS_URL="off", VECTORKEEP_FAULT=fault)
     return subprocess.run(
-        command("migrate"), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        forked("migrate"), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from db.rebuild import rebuild
 from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import clear_remains, previous_tables, unfinished_rebuild
 from db.rollback import roll_back
-from tests.acceptance.conftest import ROOT, command, environment
+from tests.acceptance.conftest import ROOT, environment, forked
 from tests.integration.counting import Counting, items, vector_of
 
 CONTENTS = (
@@ -77,7 +77,7 @@ def contents(admin):
 def run(database_url, *arguments, fault):
     env = environment(VECTORKEEP_DATABASE_URL=database_url, VECTORKEEP_REDIS_URL="off", VECTORKEEP_FAULT=fault)
     return subprocess.run(
-        command("rebuild", *arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        forked("rebuild", *arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
     )
 
 
