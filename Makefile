@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test everything faults clean FORCE
+.PHONY: help demo test faults clean FORCE
 
 SUITABLE := import ensurepip, sys; raise SystemExit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON),undefined)
@@ -12,12 +12,6 @@ PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python;
 endif
 PYTEST_ARGS ?= -n 2
 MINUTES ?= 60
-
-# Left to `make everything`, for their time: the command line as a subprocess, recall on real texts, the fault harness,
-# rebuilds killed at every step. With them the suite takes about twenty minutes on two cores, without about six.
-SLOW := test_recall test_benchmark_sides test_bulk_load test_maintenance test_tenants test_embed_batch
-QUICK := tests/unit tests/migration tests/faults/test_fence.py tests/integration \
-	$(SLOW:%=--ignore=tests/integration/%.py)
 
 # What the caller's environment says about other installations must not reach this one.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
@@ -35,13 +29,10 @@ help:  ## show this help
 demo: .venv/.demo  ## install into .venv and run the main job on real text, in embedded servers
 	.venv/bin/vectorkeep demo
 
-test: .venv/.dev  ## install into .venv and run the linters, the type checker and the tests of about six minutes
+test: .venv/.dev  ## install into .venv and run the linters, the type checker and all tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest $(PYTEST_ARGS) $(QUICK)
-
-everything: .venv/.dev  ## all tests, about twenty minutes
 	.venv/bin/pytest $(PYTEST_ARGS)
 
 faults: .venv/.dev  ## kill, cut and starve all servers and workers for MINUTES=60, with SEED=…: nothing may be lost

@@ -1,4 +1,7 @@
-"""The fault harness for two minutes, and the library broken on purpose: then it must find what is wrong."""
+"""The fault harness for half a minute, and the library broken on purpose: then it must find what is wrong.
+
+Two minutes of it are a step of their own in .ci/run, an hour is `make faults`.
+"""
 
 import importlib.util
 
@@ -19,10 +22,10 @@ def run(seed, seconds, **options):
 
 
 def test_nothing_is_lost_stale_or_half_under_faults():
-    report = run("continuous", 75, round_s=25)
+    report = run("continuous", 30, round_s=15)
     told = report.as_dict()
     assert report.ok, "\n".join(report.lines())
-    assert told["faults_injected"] == told["faults_survived"] >= 15
+    assert told["faults_injected"] == told["faults_survived"] >= 5
     assert report.findings.reads["strict cached"] > 20
 
 
