@@ -1,0 +1,111 @@
+"""`vectorkeep benchmark --load`: what it tells, what it refuses, and that nothing stays behind."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from secrets import token_hex
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from .conftest import ROOT, command, run_command
+
+SCRATCH = "SELECT count(*) FROM pg_database WHERE datdba = to_regrole(%s) AND datname LIKE 'vectorkeep_benchmark_%%'"
+SMALL = ("--load", "--rows", "200", "--dimensions", "8", "--writers", "1", "--readers", "2")
+
+
+@pytest.fixture
+def admin(database_url):
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def role(admin):
+    """A superuser of this test's own: the scratch databases of others who test meanwhile are not its."""
+    name = f"vk_load_{os.getpid()}_{token_hex(4)}"
+    admin.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN PASSWORD 'topsecret'").format(sql.Identifier(name)))
+    yield name
+    admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def env(env, role, admin, database_url):
+    """The environment that names this test's database, as its own role. At the end nothing may have stayed."""
+    parts = urlsplit(database_url)
+    url = parts._replace(netloc=f"{role}:topsecret@{parts.netloc.rpartition('@')[2]}").geturl()
+    mark = token_hex(8)
+    yield env | {"VECTORKEEP_DATABASE_URL": url, "LOAD_MARK": mark}
+    assert admin.execute(SCRATCH, (role,)).fetchone() == (0,)
+    assert admin.execute("SELECT count(*) FROM embeddings").fetchone() == (0,)
+    assert processes_of(mark) == []
+
+
+def processes_of(mark):
+    """Processes of the load that were given this environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ops.benchmarks.load" in (folder / "cmdline").read_bytes():
+                found += [folder.name] * (f"LOAD_MARK={mark}".encode() in (folder / "environ").read_bytes())
+        except OSError:  # it has ended meanwhile, or is somebody else's
+            continue
+    return found
+
+
+def test_a_short_load_is_told_in_one_document(env):
+    ran = run_command("benchmark", *SMALL, "--processes", "2", "--seconds", "3", "--json", env=env)
+    assert ran.code == 0, ran.err
+    report = ran.json
+    assert report["errors"] == []
+    operations = {row["operation"]: row for row in report["operations"]}
+    assert any(name.startswith("write: upsert") for name in operations)
+    assert {"search of 10, from the cache", "search of 10, not from the cache"} <= operations.keys()
+    for row in operations.values():
+        assert row["calls"] > 0
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["max_ms"] < 60_000
+        assert row["per_second"] == pytest.approx(row["calls"] / report["seconds"])
+    assert report["seconds"] >= 3
+    assert report["pool"]["requests_num"] > sum(row["calls"] for row in operations.values()) / 2
+    assert report["pool"]["requests_errors"] == 0
+    assert [row["process"] for row in report["processes"]] == [0, 1]
+    assert all(row["first_mb"] > 20 for row in report["processes"])
+    assert 2 <= report["connections"]["most"] <= report["connections"]["allowed"] == 42
+    assert report["load"]["cache"].startswith("redis://")
+    verdicts = {verdict["what"]: verdict["holds"] for verdict in report["verdicts"]}
+    assert verdicts["no errors"] is verdicts["connections bounded"] is True
+    assert verdicts["memory flat"] is verdicts["connections do not grow"] is None
+    assert "topsecret" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--load", "--only", "first-load"], "--only"),
+        (["--load", "--rounds", "3"], "--rounds"),
+        (["--load", "--quick"], "--quick"),
+        (["--load", "--writers", "0", "--readers", "0"], "at least one writer or reader"),
+        (["--writers", "0"], "only with --load"),
+        (["--seconds", "3"], "only with --load"),
+    ],
+)
+def test_what_means_nothing_is_refused(env, arguments, said):
+    ran = run_command("benchmark", *arguments, env=env)
+    assert ran.code == 2
+    assert said in " ".join(ran.err.split())
+
+
+def test_ctrl_c_leaves_no_process_and_no_database(env, admin, role):
+    arguments = command("benchmark", *SMALL, "--processes", "2", "--seconds", "300", "--redis-url", "none")
+    with subprocess.Popen(arguments, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while "for 300 s" not in (line := process.stderr.readline()):
+            assert line, "it ended before the load began"
+        assert len(processes_of(env["LOAD_MARK"])) == 2
+        assert admin.execute(SCRATCH, (role,)).fetchone() == (1,)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
