@@ -179,4 +179,4 @@ def log_to_stderr(level: int) -> None:
     for name in ("vectorkeep", db.__name__):
         logging.getLogger(name).setLevel(level)
     # The pool tells of each connection that an interrupted command leaves behind.
-    logging.getLogger("psycopg.pool").setLevel(max(level, logging.ERROR) if level > logging.INFO else level)
+    logging.getLogger("psycopg.pool").setLevel(level if level == logging.DEBUG else logging.ERROR)

@@ -297,8 +297,7 @@ def searches_that_look_at_too_little(scene: Scene):
     scene.sql(RANDOM_ROWS, name="far", rows=2500)
     scene.sql("ANALYZE embeddings")
     scene.sql("UPDATE embedding_models SET ef_search = 1")
-    scene.env["VECTORKEEP_TARGET_RECALL"] = "0.99"
-    scene.words["N"] = "800"
+    scene.env["VECTORKEEP_TARGET_RECALL"] = "0.98"
     yield
 
 
