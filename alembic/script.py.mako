@@ -3,8 +3,8 @@
 Revision ID: ${up_revision}
 Revises: ${down_revision | comma,n}
 
-A table that may be live is changed online: indexes CONCURRENTLY in `op.get_context().autocommit_block()`,
-every statement safe to run again after a crash. No import of `db.models`: a revision never changes.
+A table that may be live is changed online: indexes CONCURRENTLY in `op.get_context().autocommit_block()`, other locks
+by `db.migration_locks.lock_in_stints`, every statement safe to run again after a crash. No import of `db.models`: a revision never changes.
 """
 
 from alembic import op

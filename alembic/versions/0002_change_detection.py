@@ -13,6 +13,8 @@ Revises: 0001
 
 from alembic import op
 
+from db.migration_locks import lock_in_stints
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -29,74 +31,85 @@ INDEXES = {
 }
 POSITION_KEY = "chunks_document_id_chunk_index_key"
 
-# A row that an older program writes meanwhile may stay without a hash: it only counts as changed once more.
+# What a row lacks is worked out from what is stored.
 FILL_EMBEDDINGS = """
-DO $$
-DECLARE
-    batch text[];
-    last text;
-BEGIN
-    LOOP
-        SELECT array_agg(id ORDER BY id) INTO batch
-        FROM (SELECT id FROM embeddings WHERE last IS NULL OR id > last ORDER BY id LIMIT 2000) AS page;
-        EXIT WHEN batch IS NULL;
-        UPDATE embeddings SET
-            text_hash = sha256(convert_to(text, 'UTF8')),
-            workspace = CASE WHEN jsonb_typeof(metadata -> 'workspace') = 'string'
-                             THEN metadata ->> 'workspace' ELSE workspace END
-        WHERE id = ANY (batch) AND text_hash IS NULL;
-        COMMIT;
-        last := batch[array_upper(batch, 1)];
-    END LOOP;
-END
-$$
+    UPDATE embeddings SET
+        text_hash = sha256(convert_to(text, 'UTF8')),
+        workspace = CASE WHEN jsonb_typeof(metadata -> 'workspace') = 'string'
+                         THEN metadata ->> 'workspace' ELSE workspace END
+    WHERE id = ANY (batch) AND text_hash IS NULL
 """
 FILL_CHUNKS = """
+    UPDATE chunks SET
+        text_hash = sha256(convert_to(chunks.text, 'UTF8')),
+        source_id = coalesce(document.source_id, chunks.source_id),
+        workspace = CASE
+            WHEN document.id IS NOT NULL THEN document.workspace
+            WHEN jsonb_typeof(chunks.metadata -> 'workspace') = 'string'
+            THEN chunks.metadata ->> 'workspace'
+            ELSE chunks.workspace END
+    FROM unnest(batch) AS given (id)
+    JOIN chunks AS before ON before.id = given.id
+    LEFT JOIN embeddings AS document ON document.id = before.document_id
+    WHERE chunks.id = given.id AND chunks.text_hash IS NULL
+"""
+# Never waits for a row while it holds others: of two that do, PostgreSQL cancels one, and it may be the other. What
+# somebody else was writing comes in the end, row by row; so does what an older program has added meanwhile.
+FILL = """
 DO $$
 DECLARE
     batch text[];
     last text;
+    one text;
 BEGIN
     LOOP
         SELECT array_agg(id ORDER BY id) INTO batch
-        FROM (SELECT id FROM chunks WHERE last IS NULL OR id > last ORDER BY id LIMIT 2000) AS page;
+        FROM (SELECT id FROM {table} WHERE last IS NULL OR id > last ORDER BY id LIMIT 2000) AS page;
         EXIT WHEN batch IS NULL;
-        UPDATE chunks SET
-            text_hash = sha256(convert_to(chunks.text, 'UTF8')),
-            source_id = coalesce(document.source_id, chunks.source_id),
-            workspace = CASE
-                WHEN document.id IS NOT NULL THEN document.workspace
-                WHEN jsonb_typeof(chunks.metadata -> 'workspace') = 'string'
-                THEN chunks.metadata ->> 'workspace'
-                ELSE chunks.workspace END
-        FROM unnest(batch) AS given (id)
-        JOIN chunks AS before ON before.id = given.id
-        LEFT JOIN embeddings AS document ON document.id = before.document_id
-        WHERE chunks.id = given.id AND chunks.text_hash IS NULL;
-        COMMIT;
         last := batch[array_upper(batch, 1)];
+        SELECT array_agg(id) INTO batch FROM (
+            SELECT id FROM {table} WHERE id = ANY (batch) AND text_hash IS NULL FOR NO KEY UPDATE SKIP LOCKED
+        ) AS free;
+        {update};
+        COMMIT;
+    END LOOP;
+    FOR one IN SELECT id FROM {table} WHERE text_hash IS NULL LOOP
+        batch := ARRAY[one];
+        {update};
+        COMMIT;
     END LOOP;
 END
 $$
 """
 # Positions were not unique before. The order in which chunks were numbered, then made, is kept; of ids
-# that count, "c10" comes after "c9".
+# that count, "c10" comes after "c9". A commit for each document: none is kept from its writers for long.
 NUMBER_CHUNKS = """
-UPDATE chunks SET chunk_index = numbered.position
-FROM (
-    SELECT id, row_number() OVER (
-        PARTITION BY document_id ORDER BY chunk_index, created_at, length(id), id
-    ) - 1 AS position
-    FROM chunks
-    WHERE document_id IN (
-        SELECT document_id FROM chunks GROUP BY document_id, chunk_index HAVING count(*) > 1
-    )
-) AS numbered
-WHERE chunks.id = numbered.id AND chunks.chunk_index <> numbered.position
+DO $$
+DECLARE
+    shared text;
+BEGIN
+    FOR shared IN
+        SELECT document_id FROM (
+            SELECT document_id FROM chunks WHERE document_id IS NOT NULL
+            GROUP BY document_id, chunk_index HAVING count(*) > 1
+        ) AS positions GROUP BY document_id
+    LOOP
+        UPDATE chunks SET chunk_index = numbered.position
+        FROM (
+            SELECT id, row_number() OVER (ORDER BY chunk_index, created_at, length(id), id) - 1 AS position
+            FROM chunks WHERE document_id = shared
+        ) AS numbered
+        WHERE chunks.id = numbered.id AND chunks.chunk_index <> numbered.position;
+        COMMIT;
+    END LOOP;
+END
+$$
 """
 
 
 def upgrade() -> None:
+    # A transaction for each table: no lock is held while another is waited for.
+    op.execute(lock_in_stints("embeddings", mode="ACCESS EXCLUSIVE"))
     op.execute("""
         ALTER TABLE embeddings
             ADD COLUMN IF NOT EXISTS workspace text,
@@ -106,8 +119,14 @@ def upgrade() -> None:
             ADD COLUMN IF NOT EXISTS chunks_hash bytea,
             ADD COLUMN IF NOT EXISTS model_id text
     """)
-    # Room on each page keeps an update of the metadata HOT: it then touches no index, the vectors' neither.
-    op.execute("ALTER TABLE embeddings SET (fillfactor = 80)")
+    with op.get_context().autocommit_block():
+        # Room on each page keeps an update of the metadata HOT: it then touches no index, the vectors' neither.
+        op.execute("""
+            -- Run again it changes nothing.
+            -- squawk-ignore prefer-robust-stmts
+            ALTER TABLE embeddings SET (fillfactor = 80)
+        """)
+    op.execute(lock_in_stints("chunks", mode="ACCESS EXCLUSIVE"))
     op.execute("""
         ALTER TABLE chunks
             ADD COLUMN IF NOT EXISTS origin_id text,
@@ -116,12 +135,13 @@ def upgrade() -> None:
             ADD COLUMN IF NOT EXISTS text_hash bytea
     """)
     with op.get_context().autocommit_block():
-        op.execute(FILL_EMBEDDINGS)
-        op.execute(FILL_CHUNKS)
+        op.execute(FILL.format(table="embeddings", update=FILL_EMBEDDINGS))
+        op.execute(FILL.format(table="chunks", update=FILL_CHUNKS))
         op.execute(NUMBER_CHUNKS)
         for name, definition in INDEXES.items():
             create_index(name, definition)
         create_index(POSITION_KEY, "ON chunks (document_id, chunk_index)", unique=True)
+    op.execute(lock_in_stints("chunks", mode="ACCESS EXCLUSIVE"))
     op.execute(f"""
         DO $$
         BEGIN

@@ -9,6 +9,8 @@ Revises: 0003
 
 from alembic import op
 
+from db.migration_locks import lock_in_stints
+
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
@@ -20,6 +22,8 @@ drops: tuple[str, ...] = ()
 
 
 def upgrade() -> None:
+    # Both at once: adding the key locks one after the other, and a writer has often locked them the other way round.
+    op.execute(lock_in_stints("embeddings", "chunks", mode="SHARE ROW EXCLUSIVE"))
     op.execute("""
         DO $$
         BEGIN

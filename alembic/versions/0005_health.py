@@ -6,6 +6,8 @@ Revises: 0004
 
 from alembic import op
 
+from db.migration_locks import lock_in_stints
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -35,12 +37,6 @@ $$
 
 def upgrade() -> None:
     op.execute("""
-        ALTER TABLE embedding_models
-            ADD COLUMN ef_search integer,
-            ADD COLUMN ef_search_reason text,
-            ADD CONSTRAINT embedding_models_ef_search_check CHECK (ef_search BETWEEN 1 AND 1000)
-    """)
-    op.execute("""
         CREATE TABLE recall_measurements (
             id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
             model_id text NOT NULL,
@@ -65,7 +61,6 @@ def upgrade() -> None:
         )
     """)
     op.execute("CREATE INDEX recall_measurements_created_at_idx ON recall_measurements (created_at DESC)")
-    op.execute("ALTER TABLE index_builds ADD COLUMN changes bigint")
     # A few vectors that were really asked for: recall of stored vectors alone flatters the index.
     op.execute("""
         CREATE TABLE query_samples (
@@ -100,6 +95,17 @@ def upgrade() -> None:
             finished_at timestamptz
         )
     """)
+    # Last, and both together: every search reads the registry, and waits for what comes after its lock.
+    op.execute(lock_in_stints("embedding_models", "index_builds", mode="ACCESS EXCLUSIVE"))
+    op.execute("""
+        ALTER TABLE embedding_models
+            ADD COLUMN ef_search integer,
+            ADD COLUMN ef_search_reason text,
+            -- It reads the table, of a row for each model.
+            -- squawk-ignore constraint-missing-not-valid
+            ADD CONSTRAINT embedding_models_ef_search_check CHECK (ef_search BETWEEN 1 AND 1000)
+    """)
+    op.execute("ALTER TABLE index_builds ADD COLUMN changes bigint")
 
 
 def downgrade() -> None:
