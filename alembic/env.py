@@ -7,6 +7,7 @@ the library's settings; a `sqlalchemy.url` in the configuration wins over them.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.config import fileConfig
@@ -23,7 +24,7 @@ from sqlalchemy.types import TypeEngine
 from db import faults
 from db.config import Settings, libpq_url
 from db.errors import SchemaError, VectorKeepError
-from db.migration_session import BlockerWatch, direct_engine, explained, migration_session
+from db.migration_session import BlockerWatch, direct_engine, explained, migration_session, request_to_end
 from db.models import MAX_INDEXED_DIMENSIONS, Base, vector_index, vector_index_name
 
 config = context.config
@@ -50,13 +51,16 @@ CHANGING = ("upgrade", "downgrade", "do_stamp")
 
 
 def main() -> None:
+    outer = sys.exception()
     try:
         if context.is_offline_mode():
             migrate_offline()
         else:
             migrate_online()
-    except VectorKeepError as exc:
-        if from_command_line:
+    except Exception as exc:
+        if (ending := request_to_end(exc, outer)) is not None:
+            raise ending from None
+        if from_command_line and isinstance(exc, VectorKeepError):
             raise CommandError(str(exc)) from exc
         raise
 

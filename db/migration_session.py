@@ -207,6 +207,19 @@ def refused(exc: psycopg.Error, fetch: Fetch) -> VectorKeepError | None:
     return PermissionDeniedError(message) if extended else SchemaError(message)
 
 
+def request_to_end(exc: BaseException, outer: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
+    """Ctrl-C or SIGTERM that `exc` came of, or None: what is put back after one fails on its lost connection.
+
+    outer: what was being handled before; what came of that is no business of ours.
+    """
+    cause: BaseException | None = exc
+    while cause is not None and cause is not outer:
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            return cause
+        cause = cause.__context__
+    return None
+
+
 def explained(exc: BaseException, fetch: Fetch, *, lock_timeout_s: float, blockers: str) -> VectorKeepError | None:
     """The error of ours that says what to do about a migration that failed with `exc`, or None."""
     cause = exc.orig if isinstance(exc, sqlalchemy.exc.DBAPIError) else exc

@@ -1,9 +1,13 @@
+import signal
+import subprocess
+
 import psycopg
 import pytest
 
-from db.migrate import head_revision
+from db.migrate import head_revision, upgrade
+from db.migration_session import _LOCK_KEY
 
-from .conftest import environment, run_command
+from .conftest import ROOT, command, environment, run_command
 
 
 @pytest.fixture
@@ -77,3 +81,27 @@ def test_tables_made_by_hand_are_adopted(vectorkeep, database_url):
     assert (adopted["documents"], adopted["chunks"], adopted["dimensions"]) == (2, 2, 3)
     assert vectorkeep("stats").fields["documents"] == "2"
     assert vectorkeep("cleanup", "--dry-run").fields["orphaned_chunks"] == "1"
+
+
+HELD_UP = {
+    "an index that is built": ("0001", "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT 1"),
+    "a lock within a transaction": ("0003", "LOCK TABLE embeddings IN ROW EXCLUSIVE MODE"),
+    "another migration": (None, f"SELECT pg_advisory_lock({_LOCK_KEY['class']}, {_LOCK_KEY['purpose']})"),
+}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("revision", "holding"), HELD_UP.values(), ids=HELD_UP)
+def test_an_upgrade_that_is_interrupted_says_so_and_runs_again(env, database_url, revision, holding, number, code):
+    if revision is not None:
+        upgrade(database_url, revision)
+    with psycopg.connect(database_url) as holder:
+        holder.execute(holding)
+        with subprocess.Popen(command("migrate"), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            told = process.stderr.readline()
+            assert str(holder.info.backend_pid) in told, told + process.stderr.read()
+            process.send_signal(number)
+            errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, "Traceback" in errors) == (code, False), errors
+    assert upgrade(database_url)[1] == head_revision()
