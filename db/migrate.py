@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +22,9 @@ OnWait = Callable[[str], None]
 
 # The newest revision. Known without loading any: every opening of a store compares with it.
 _HEAD = "0006"
+
+# Alembic's own name for its table: another program's revisions may be in it.
+_OURS = re.compile(r"\d{4}")
 
 _CURRENT = "SELECT version_num FROM alembic_version"
 
@@ -76,6 +80,11 @@ def require_head(connection: Connection[Any]) -> None:
         return
     if current is None:
         found = "has no vectorkeep schema"
+    elif not _OURS.fullmatch(current):
+        raise SchemaError(
+            f"alembic_version holds {current!r}, which is no revision of vectorkeep: another program's migrations use "
+            "this schema; name its table of revisions differently (Alembic's version_table), or use another database"
+        )
     elif current > _HEAD:
         raise SchemaError(
             f"the database is at revision {current}, newer than {_HEAD}, which this vectorkeep works on; "
@@ -134,4 +143,7 @@ def _alembic_errors() -> Iterator[None]:
         with translated():
             yield
     except CommandError as exc:
-        raise SchemaError(f"{exc}; the database was migrated by another program or a newer vectorkeep") from exc
+        raise SchemaError(
+            f"{exc}; the database was migrated by a newer vectorkeep, or by another program, whose table of revisions "
+            "needs another name then (Alembic's version_table)"
+        ) from exc

@@ -230,6 +230,11 @@ def explained(exc: BaseException, fetch: Fetch, *, lock_timeout_s: float, blocke
                 "again when that has finished, which is safe: it goes on where it stopped "
                 "(VECTORKEEP_LOCK_TIMEOUT_S sets how long to wait)"
             )
+        case pg.UniqueViolation():
+            return BusyError(
+                f"{cause.diag.message_primary} ({cause.diag.message_detail}): a program of an older version wrote that "
+                "meanwhile; run the migration again when it has ended, which is safe"
+            )
         case pg.DuplicateTable():
             return SchemaError(
                 f"{cause.diag.message_primary}, and vectorkeep did not make it; 'vectorkeep migrate --adopt' "

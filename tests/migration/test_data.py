@@ -153,6 +153,32 @@ def test_a_unique_index_that_failed_is_mended(empty_database_url, empty):
     command.check(alembic_config(empty_database_url))
 
 
+# What an older program may do at the wrong moment.
+MEANWHILE = """
+    CREATE FUNCTION meanwhile() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        INSERT INTO chunks (id, document_id, chunk_index, text) VALUES ('late', 'a', 0, '') ON CONFLICT DO NOTHING;
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER meanwhile AFTER UPDATE OF chunk_index ON chunks FOR EACH ROW EXECUTE FUNCTION meanwhile()
+"""
+
+
+def test_chunks_that_are_given_one_position_meanwhile_are_numbered_by_the_next_run(empty_database_url, empty):
+    upgrade(empty_database_url, "0001")
+    empty.execute("INSERT INTO chunks (id, document_id, chunk_index, text) VALUES ('1', 'a', 0, ''), ('2', 'a', 0, '')")
+    empty.execute(MEANWHILE)
+    with pytest.raises(BusyError, match=r"\(a, 0\).*older version.*again"):
+        upgrade(empty_database_url)
+    empty.execute("DROP FUNCTION meanwhile CASCADE")
+    assert upgrade(empty_database_url) == ("0001", head_revision())
+    assert empty.execute("SELECT id, chunk_index FROM chunks ORDER BY 2").fetchall() == [
+        ("1", 0),
+        ("late", 1),
+        ("2", 2),
+    ]
+
+
 @pytest.mark.parametrize("revision", ["0002", "0004"])
 def test_a_revision_whose_stamp_was_lost_runs_again(empty_database_url, empty, revision):
     """As after a crash between the work and the stamp, which an autocommit block allows."""

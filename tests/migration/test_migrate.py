@@ -195,6 +195,15 @@ def test_a_schema_of_a_newer_version_is_not_called_behind(database_url):
         upgrade(database_url)
 
 
+def test_another_programs_revision_is_not_taken_for_a_newer_one(empty_database_url, empty):
+    empty.execute("CREATE TABLE alembic_version (version_num varchar(32)); INSERT INTO alembic_version VALUES ('ab12')")
+    with pytest.raises(SchemaError, match=r"ab12.*another program.*version_table"):
+        require_head(empty)
+    with pytest.raises(SchemaError, match=r"ab12.*another program.*version_table"):
+        upgrade(empty_database_url)
+    assert empty.execute("SELECT to_regclass('embeddings')").fetchone() == (None,)
+
+
 def test_current_revision_leaves_an_open_transaction_usable(empty_database_url):
     with psycopg.connect(empty_database_url) as connection:
         connection.execute("CREATE TABLE kept (id int)")
