@@ -5,10 +5,9 @@ text, source and metadata; `vector_hash` the model and the vector's float32 byte
 chunks. A part that a document does not give is neither compared nor written.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -16,11 +15,13 @@ import orjson
 
 from .errors import ValidationError
 from .types import Document, DocumentChunk, Item
+from .values import BadJsonError, json_value, shown, utf8_size
 
 MAX_KEY_BYTES = 1024
-_MAX_DEPTH = 100
 # Values of these types cannot come out of orjson changed.
 _PLAIN = frozenset((str, int, bool, type(None)))
+# Within a day of these a session's time zone may be in a year that Python does not have.
+_FIRST, _LAST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)
 _ESCAPED_NUL = b"\\u0000"
 
 
@@ -161,17 +162,17 @@ def _known_keys(value: Any, kind: type, *, required: Sequence[str]) -> dict[str,
     missing = [key for key in required if key not in value]
     unknown = [key for key in value if key not in known]
     if missing:
-        raise ValidationError(f"{missing[0]} is missing")
+        raise ValidationError(f"{missing[0]} is missing; expected at least {' and '.join(required)}")
     if unknown:
-        raise ValidationError(f"unknown key {unknown[0]!r}; expected some of {', '.join(known)}")
+        raise ValidationError(f"unknown key {shown(unknown[0])}; expected some of {', '.join(known)}")
     return dict(value)
 
 
 def check_key(name: str, value: Any) -> str:
     """`value` as an id, source or workspace: a string, not empty, at most 1 KiB, that UTF-8 can hold."""
     if not isinstance(value, str) or not value:
-        raise ValidationError(f"{name} is {_shown(value)}; expected a string that is not empty")
-    size = _utf8_size(name, value)
+        raise ValidationError(f"{name} is {shown(value)}; expected a string that is not empty")
+    size = utf8_size(name, value)
     if size > MAX_KEY_BYTES:
         raise ValidationError(f"{name} has {size} bytes; expected at most {MAX_KEY_BYTES}")
     return value
@@ -179,8 +180,8 @@ def check_key(name: str, value: Any) -> str:
 
 def check_text(value: Any, name: str = "text") -> None:
     if not isinstance(value, str) or not value:
-        raise ValidationError(f"{name} is {_shown(value)}; expected a string that is not empty")
-    _utf8_size(name, value)
+        raise ValidationError(f"{name} is {shown(value)}; expected a string that is not empty")
+    utf8_size(name, value)
 
 
 def workspace_of(metadata: Mapping[str, Any]) -> str | None:
@@ -196,17 +197,13 @@ def canonical_metadata(metadata: Any) -> bytes:
     Raises ValidationError where it is not an object or would not read back as it was written.
     """
     if not isinstance(metadata, Mapping):
-        raise ValidationError(f"metadata is {_shown(metadata)}; expected an object")
+        raise ValidationError(f"metadata is {shown(metadata)}; expected an object")
     if (plain := _plain_json(metadata)) is not None:
         return plain
     try:
-        _check_json(metadata, 0)
-        return orjson.dumps(metadata, default=_as_dict, option=orjson.OPT_SORT_KEYS)
-    except _BadJsonError as exc:
-        where = "".join(f"[{key!r}]" for key in reversed(exc.path))
-        raise ValidationError(f"metadata{where} {exc.reason}") from None
-    except (TypeError, RecursionError) as exc:
-        raise ValidationError(f"metadata is not JSON-serializable: {exc}") from exc
+        return orjson.dumps(json_value(metadata), option=orjson.OPT_SORT_KEYS)
+    except BadJsonError as exc:
+        raise ValidationError(f"metadata{exc.where} {exc.reason}") from None
 
 
 def _plain_json(metadata: Mapping[Any, Any]) -> bytes | None:
@@ -220,68 +217,13 @@ def _plain_json(metadata: Mapping[Any, Any]) -> bytes | None:
     return None if _ESCAPED_NUL in data else data
 
 
-class _BadJsonError(Exception):
-    """A value that JSON or PostgreSQL cannot hold, and the keys that lead to it, innermost first."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.path: list[str | int] = []
-
-
-def _check_json(value: Any, depth: int) -> None:
-    """Refuse what orjson alone would let through changed: NaN becomes null there, a date a string."""
-    if isinstance(value, str):
-        _check_json_text(value)
-    elif value is None or isinstance(value, int):
-        return
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise _BadJsonError(f"is {value}; JSON has no such number")
-    elif depth > _MAX_DEPTH:
-        raise _BadJsonError(f"is nested deeper than {_MAX_DEPTH} levels")
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise _BadJsonError(f"has the key {_shown(key)}; expected strings as keys")
-            _check_json_text(key)
-            _check_json_item(key[:40], item, depth)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_json_item(index, item, depth)
-    else:
-        raise _BadJsonError(f"is a {type(value).__name__}, which is not JSON-serializable")
-
-
-def _check_json_item(key: str | int, item: Any, depth: int) -> None:
-    try:
-        _check_json(item, depth + 1)
-    except _BadJsonError as exc:
-        exc.path.append(key)
-        raise
-
-
-def _check_json_text(value: str) -> None:
-    try:
-        _utf8_size("has text that", value)
-    except ValidationError as exc:
-        raise _BadJsonError(str(exc)) from None
-
-
-def _as_dict(value: Any) -> Any:
-    """orjson writes dicts only; any mapping may be given."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__}")
-
-
 def _encode(embedding: Any, model: VectorCodec) -> bytes | None:
     return None if embedding is None else model.encode(embedding)
 
 
 def _prepare_chunks(document_id: str, chunks: Any, model: VectorCodec) -> tuple[PreparedChunk, ...]:
     if isinstance(chunks, str | bytes | Mapping) or not isinstance(chunks, Sequence):
-        raise ValidationError(f"chunks is {_shown(chunks)}; expected a sequence of chunks")
+        raise ValidationError(f"chunks is {shown(chunks)}; expected a sequence of chunks")
     return tuple(_prepare_chunk(document_id, n, chunk, model) for n, chunk in enumerate(chunks))
 
 
@@ -316,22 +258,7 @@ def _check_time(name: str, value: Any) -> datetime | None:
     if value is None:
         return None
     if not isinstance(value, datetime) or value.utcoffset() is None:
-        raise ValidationError(f"{name} is {_shown(value)}; expected a datetime with a time zone")
+        raise ValidationError(f"{name} is {shown(value)}; expected a datetime with a time zone")
+    if not _FIRST <= value <= _LAST:
+        raise ValidationError(f"{name} is {value}; expected a time from {_FIRST} to {_LAST}, which can be read back")
     return value
-
-
-def _utf8_size(name: str, value: str) -> int:
-    """The bytes of `value` in UTF-8. Raises ValidationError where PostgreSQL cannot store it."""
-    if "\0" in value:
-        raise ValidationError(f"{name} has a NUL character, which PostgreSQL cannot store; remove it")
-    if value.isascii():
-        return len(value)
-    try:
-        return len(value.encode())
-    except UnicodeEncodeError as exc:
-        raise ValidationError(f"{name} has a lone surrogate at {exc.start}; it is not valid text") from exc
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

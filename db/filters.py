@@ -5,7 +5,6 @@ comparison holds only between values of one JSON type and never fails on another
 `$not` match rows that lack the key.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,12 @@ from psycopg.types.json import Jsonb
 
 from .documents import check_key
 from .errors import ValidationError
+from .values import BadJsonError, json_value, shown, utf8_size
 
 _ORDER = {"$gt": sql.SQL(">"), "$gte": sql.SQL(">="), "$lt": sql.SQL("<"), "$lte": sql.SQL("<=")}
 _OPAQUE = sql.SQL("coalesce({}, false)")
 _MAX_DEPTH = 50
+_MAX_VALUES = 5000  # a statement takes 65,535
 _OPERATORS = "$eq $ne $gt $gte $lt $lte $in $nin $exists $and $or $not"
 
 
@@ -36,7 +37,12 @@ class Filter:
             if getattr(self, name) is not None:
                 check_key(name, getattr(self, name))
         if self.where is not None:
-            compile_where(self.where, sql.Identifier("metadata"))
+            values = len(compile_where(self.where, sql.Identifier("metadata")).values)
+            if values > _MAX_VALUES:
+                raise ValidationError(
+                    f"where binds {values} keys and values; expected at most {_MAX_VALUES}, "
+                    "and $in for many values of one key"
+                )
 
     def columns_sql(self, table: str) -> "Condition":
         """The part that the planner has statistics for: workspace and source."""
@@ -62,7 +68,7 @@ class Filter:
 
     def canonical(self) -> list[Any]:
         """Equal filters give equal lists: part of a cache key."""
-        where = None if self.where is None else _dumped(self.where, option=orjson.OPT_SORT_KEYS).decode()
+        where = None if self.where is None else orjson.dumps(_plain(self.where), option=orjson.OPT_SORT_KEYS).decode()
         return [self.workspace, self.source_id, where]
 
 
@@ -77,26 +83,26 @@ class Condition:
 def compile_where(where: Any, metadata: sql.Composable, depth: int = 0) -> Condition:
     """The condition of `where`. Raises ValidationError that names the key and what is wrong there."""
     if depth > _MAX_DEPTH:
-        raise ValidationError(f"where is nested deeper than {_MAX_DEPTH} levels")
+        raise ValidationError(f"where is nested deeper than {_MAX_DEPTH} levels; nest it less")
     if not isinstance(where, Mapping):
-        raise ValidationError(f"where is {_shown(where)}; expected an object such as {{'lang': 'en'}}")
+        raise ValidationError(f"where is {shown(where)}; expected an object such as {{'lang': 'en'}}")
     parts = [_compile_entry(key, value, metadata, depth) for key, value in where.items()]
     return _joined(parts, " AND ", empty="true")
 
 
 def _compile_entry(key: Any, value: Any, metadata: sql.Composable, depth: int) -> Condition:
     if not isinstance(key, str):
-        raise ValidationError(f"where has the key {_shown(key)}; expected strings as keys")
+        raise ValidationError(f"where has the key {shown(key)}; expected strings as keys")
     if key in ("$and", "$or"):
         if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-            raise ValidationError(f"{key} is {_shown(value)}; expected a list of at least one filter")
+            raise ValidationError(f"{key} is {shown(value)}; expected a list of at least one filter")
         parts = [compile_where(part, metadata, depth + 1) for part in value]
         return _joined(parts, " AND " if key == "$and" else " OR ", empty="true")
     if key == "$not":
         return _negated(compile_where(value, metadata, depth + 1))
     if key.startswith("$"):
-        raise ValidationError(f"unknown operator {key!r} in where; expected some of {_OPERATORS}")
-    _check_text("a key of where", key)
+        raise ValidationError(f"unknown operator {shown(key)} in where; expected some of {_OPERATORS}")
+    utf8_size("a key of where", key)
     if isinstance(value, Mapping) and any(isinstance(k, str) and k.startswith("$") for k in value):
         parts = [_compile_operator(key, name, operand, metadata) for name, operand in value.items()]
         return _joined(parts, " AND ", empty="true")
@@ -114,7 +120,7 @@ def _compile_operator(key: str, name: Any, operand: Any, metadata: sql.Composabl
         "$exists": _exists,
     }
     if name not in compilers:
-        raise ValidationError(f"unknown operator {_shown(name)} for {key!r}; expected some of {_OPERATORS}")
+        raise ValidationError(f"unknown operator {shown(name)} for {shown(key)}; expected some of {_OPERATORS}")
     return compilers[name](key, operand, metadata)
 
 
@@ -124,23 +130,23 @@ def _equals(key: str, value: Any, metadata: sql.Composable) -> Condition:
 
 def _is_in(key: str, values: Any, metadata: sql.Composable) -> Condition:
     if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
-        raise ValidationError(f"$in or $nin of {key!r} is {_shown(values)}; expected a list")
+        raise ValidationError(f"$in or $nin of {shown(key)} is {shown(values)}; expected a list")
     bound = [_bound(key, value) for value in values]
     return Condition(sql.SQL("({} -> %s::text) = ANY (%s::jsonb[])").format(metadata), (key, bound))
 
 
 def _exists(key: str, value: Any, metadata: sql.Composable) -> Condition:
     if not isinstance(value, bool):
-        raise ValidationError(f"$exists of {key!r} is {_shown(value)}; expected true or false")
+        raise ValidationError(f"$exists of {shown(key)} is {shown(value)}; expected true or false")
     return Condition(sql.SQL("({} ? %s::text) = %s::bool").format(metadata), (key, value))
 
 
 def _ordered(key: str, name: str, value: Any, metadata: sql.Composable) -> Condition:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValidationError(f"{name} of {key!r} is {_shown(value)}; expected a number or a string")
+        raise ValidationError(f"{name} of {shown(key)} is {shown(value)}; expected a number or a string")
     # jsonb orders values of different types too: the guard keeps the comparison within one type.
     if isinstance(value, str):
-        _check_text(f"the value of {key!r} in where", value)
+        utf8_size(f"the value of {shown(key)} in where", value)
         # By code point, as Python does: jsonb's own order of strings is that of the database's locale.
         text = sql.SQL("""(jsonb_typeof({0} -> %s::text) = 'string' AND ({0} ->> %s::text) COLLATE "C" {1} %s::text)""")
         return Condition(text.format(metadata, _ORDER[name]), (key, key, value))
@@ -163,51 +169,17 @@ def _joined(parts: Sequence[Condition], operator: str, *, empty: str) -> Conditi
 
 
 def _bound(key: str, value: Any) -> Jsonb:
-    _check_value(key, value, 0)
-    return Jsonb(value, dumps=_dumped)
-
-
-def _check_value(key: str, value: Any, depth: int) -> None:
-    """Raise ValidationError where `value` is not JSON that PostgreSQL can hold."""
-    if depth > _MAX_DEPTH:
-        raise ValidationError(f"the value of {key!r} in where is nested deeper than {_MAX_DEPTH} levels")
-    if isinstance(value, str):
-        _check_text(f"the value of {key!r} in where", value)
-    elif isinstance(value, bool) or value is None:
-        return
-    elif isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
-            raise ValidationError(f"{key!r} in where is compared with an integer beyond 64 bits")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValidationError(f"{key!r} in where is compared with {value}; JSON has no such number")
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            _check_value(key, name if isinstance(name, str) else object(), depth + 1)
-            _check_value(key, item, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_value(key, item, depth + 1)
-    else:
-        raise ValidationError(f"{key!r} in where is compared with a {type(value).__name__}; expected JSON")
-
-
-def _check_text(name: str, value: str) -> None:
-    if "\0" in value:
-        raise ValidationError(f"{name} has a NUL character, which no stored text has")
+    """`value` as a parameter, written as metadata is. Raises ValidationError where it is not JSON."""
     try:
-        value.encode()
-    except UnicodeEncodeError as exc:
-        raise ValidationError(f"{name} has a lone surrogate at {exc.start}") from exc
+        return Jsonb(json_value(value), dumps=orjson.dumps)
+    except BadJsonError as exc:
+        raise ValidationError(f"{shown(key)}{exc.where} in where {exc.reason}") from None
 
 
-def _dumped(value: Any, option: int | None = None) -> bytes:
-    """JSON of what was checked: also of mappings and sequences that are no dict and no list."""
-    return orjson.dumps(
-        value, default=lambda part: dict(part) if isinstance(part, Mapping) else list(part), option=option
-    )
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def _plain(where: Any) -> Any:
+    """A `where` that was compiled, in the types that orjson writes."""
+    if isinstance(where, Mapping):
+        return {str.__str__(key): _plain(value) for key, value in where.items()}
+    if isinstance(where, Sequence) and not isinstance(where, str):
+        return [_plain(value) for value in where]
+    return json_value(where)

@@ -26,6 +26,7 @@ from .tally import Tally, batches
 from .transactions import LoggedWrite, retried, run_write
 from .types import Document, Item
 from .upsert import Outcome, UpsertBatch
+from .values import shown
 
 logger = logging.getLogger("vectorkeep")
 
@@ -240,4 +241,4 @@ def _reason(exc: psycopg.Error) -> str:
 def _id_of(given: Any) -> str:
     """The id of an input that may be anything, for the list of errors."""
     id_ = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
-    return id_ if isinstance(id_, str) else repr(id_)
+    return id_ if isinstance(id_, str) else shown(id_)

@@ -69,7 +69,7 @@ def reason_of(**parts):
             "metadata['a'] has text that has a NUL character, which PostgreSQL cannot store; remove it",
         ),
         ({"metadata": {"\ud800": 1}}, "metadata has text that has a lone surrogate at 0; it is not valid text"),
-        ({"metadata": {"n": 2**64}}, "metadata is not JSON-serializable: Integer exceeds 64-bit range"),
+        ({"metadata": {"n": 2**64}}, "metadata['n'] is an integer beyond 64 bits; write it as a string"),
         ({"metadata": {"workspace": 3}}, "metadata['workspace'] is 3; expected a string that is not empty"),
         ({"metadata": {"workspace": None}}, "metadata['workspace'] is None; expected a string that is not empty"),
         ({"metadata": {"workspace": ""}}, "metadata['workspace'] is ''; expected a string that is not empty"),
@@ -123,7 +123,9 @@ def test_nesting_as_deep_as_json_is_read_is_accepted_and_deeper_is_refused():
         return value
 
     assert prepared(metadata=nested(100))
-    assert reason_of(metadata=nested(101)).endswith(" is nested deeper than 100 levels")
+    assert reason_of(metadata=nested(101)) == (
+        "metadata['a']['a']['a']['a']['a'][…] is nested deeper than 100 levels; nest it less, or write it as a string"
+    )
     assert "nested deeper" in reason_of(metadata=nested(5000))
 
 
