@@ -52,7 +52,7 @@ def _part(given: Any, kind: type, name: str) -> Any:
 
 
 def _is_plain(value: Any, dimensions: int) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype == np.float32 and value.shape == (dimensions,)
+    return type(value) is np.ndarray and value.dtype == np.float32 and value.shape == (dimensions,)
 
 
 def _encode_fitting(plain: list[NDArray[np.float32]], model: Model) -> dict[int, bytes]:

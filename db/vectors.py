@@ -19,8 +19,11 @@ from psycopg.pq import Format
 
 from .config import Distance
 from .errors import DimensionError, ValidationError
+from .values import shown
 
 MAX_DIMENSIONS = 16_000
+# Beyond it the distance of two vectors, in float32 and squared, may be infinite or NaN.
+MAX_LENGTH = 1e18
 # The largest finite halfvec. Indexes other than cosine's hold components as they are.
 MAX_HALF = 65_504.0
 
@@ -67,12 +70,14 @@ def decode(data: bytes) -> NDArray[np.float32]:
 
 def as_vector(value: Any) -> NDArray[np.float32]:
     """`value` as a float32 vector, shape (dimensions,). Raises ValidationError where it is not one."""
-    if isinstance(value, np.ndarray) and value.dtype == np.float32 and _is_plainly_fine(value):
+    if type(value) is np.ndarray and value.dtype == np.float32 and _is_plainly_fine(value):
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValidationError("vector is a masked array, whose masked components have no value; give value.filled(…)")
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as exc:  # tensors of torch raise the other two
-        raise ValidationError(f"vector is not a flat sequence of numbers: {exc}") from exc
+    except Exception as exc:  # (tensors of torch and objects of anybody's raise what they like)
+        raise ValidationError(f"vector is {shown(value)}; expected a flat sequence of numbers ({exc!s:.100})") from exc
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "fiu":
         raise ValidationError(f"vector has shape {array.shape} and type {array.dtype}; expected one row of numbers")
     if array.size > MAX_DIMENSIONS:
@@ -80,7 +85,7 @@ def as_vector(value: Any) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):  # an overflow to infinity is caught below, with the right message
         vector = array.astype(np.float32)
     if not np.isfinite(vector).all():
-        raise ValidationError("vector has components that are NaN, infinite or beyond float32")
+        raise ValidationError("vector has components that are NaN, infinite or beyond float32; expected finite numbers")
     return vector
 
 
@@ -98,7 +103,11 @@ def check_fits(vector: NDArray[np.float32], distance: Distance, *, indexed: bool
         if not vector.any():
             raise ValidationError("vector is all zeros; cosine distance needs a direction")
     elif indexed and np.abs(vector).max() > MAX_HALF:
-        raise ValidationError(f"vector has a component beyond ±{MAX_HALF:.0f}, which its halfvec index cannot hold")
+        raise ValidationError(
+            f"vector has a component beyond ±{MAX_HALF:.0f}, which its halfvec index cannot hold; scale all vectors"
+        )
+    elif (length := float(np.linalg.norm(vector.astype(np.float64)))) > MAX_LENGTH:
+        raise ValidationError(f"vector has the length {length:.2g}; expected at most {MAX_LENGTH:g}: scale all vectors")
 
 
 def fitting(rows: NDArray[np.float32], distance: Distance, *, indexed: bool) -> NDArray[np.bool_]:
@@ -108,6 +117,8 @@ def fitting(rows: NDArray[np.float32], distance: Distance, *, indexed: bool) -> 
         good &= rows.any(axis=1)
     elif indexed:
         good &= np.abs(rows).max(axis=1) <= MAX_HALF
+    else:
+        good &= np.linalg.norm(rows.astype(np.float64), axis=1) <= MAX_LENGTH
     return good
 
 

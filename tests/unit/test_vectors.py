@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from db.errors import DimensionError, ValidationError
-from db.vectors import MAX_HALF, as_vector, check_dimensions, check_fits, decode, encode, normalized, weighted_mean
+from db.vectors import (
+    MAX_HALF,
+    as_vector,
+    check_dimensions,
+    check_fits,
+    decode,
+    encode,
+    fitting,
+    normalized,
+    weighted_mean,
+)
 
 float32s = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 
@@ -64,7 +74,7 @@ def test_the_callers_array_is_left_as_it_was():
         ([], r"shape \(0,\)"),
         (1.0, r"shape \(\)"),
         ([[1, 2]], r"shape \(1, 2\)"),
-        ([[1], [2, 3]], "not a flat sequence of numbers"),
+        ([[1], [2, 3]], "expected a flat sequence of numbers"),
         ("abc", "expected one row of numbers"),
         (b"abc", "expected one row of numbers"),
         (["1", "2"], "expected one row of numbers"),
@@ -142,3 +152,22 @@ def test_a_mean_leans_to_the_heavier_part():
 
 def test_parts_that_cancel_out_are_stood_for_by_the_heaviest():
     assert weighted_mean([as_vector([1, 0]), as_vector([-1, 0])], [1, 1]).tolist() == [1, 0]
+
+
+class Hostile:
+    def __array__(self, *_args, **_kwargs):
+        raise KeyError("hostile")
+
+
+@pytest.mark.parametrize("value", [Hostile(), np.ma.masked_array([1.0, 2.0], [0, 1], dtype=np.float32)])
+def test_what_only_looks_like_an_array_is_refused(value):
+    with pytest.raises(ValidationError, match=r"Hostile|masked"):
+        as_vector(value)
+
+
+def test_vectors_whose_distances_would_overflow_are_refused():
+    long = np.array([3e38, -3e38], np.float32)
+    with pytest.raises(ValidationError, match=r"length 4\.2e\+38; expected at most 1e\+18"):
+        check_fits(long, "inner_product", indexed=False)
+    check_fits(long, "cosine", indexed=False)
+    assert fitting(np.stack([long, long / 1e30]), "l2", indexed=False).tolist() == [False, True]
