@@ -101,11 +101,13 @@ def batches(inputs: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _characters(given: Any) -> int:
     """How much text an input brings, with its chunks; 0 for what is no input at all. Asked for every input: fast."""
-    if isinstance(given, dict | Mapping):
-        text, chunks = given.get("text"), given.get("chunks")
-    else:
-        text, chunks = getattr(given, "text", None), getattr(given, "chunks", None)
+    text, chunks = _part(given, "text"), _part(given, "chunks")
     characters = len(text) if isinstance(text, str) else 0
-    if chunks and isinstance(chunks, list | tuple):
-        characters += sum(map(_characters, chunks))
+    if isinstance(chunks, list | tuple) and chunks:
+        texts = (_part(chunk, "text") for chunk in chunks)
+        characters += sum(len(text) for text in texts if isinstance(text, str))
     return characters
+
+
+def _part(given: Any, name: str) -> Any:
+    return given.get(name) if isinstance(given, dict | Mapping) else getattr(given, name, None)

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -160,3 +161,11 @@ def test_a_long_run_tells_the_log_how_far_it_is(caplog, monkeypatch):
     told = [(r.getMessage(), r.processed, r.total, r.inserted) for r in caplog.records]
     assert told == [("ingestion.progress", done, 1000, 1) for done in (60, 230)]
     assert not hasattr(caplog.records[0], "failed")
+
+
+def test_chunks_of_any_kind_are_counted_without_a_fault():
+    nested = {"text": "abc"}
+    for _ in range(5000):
+        nested = {"text": "abc", "chunks": [nested]}
+    odd = [{"text": "a", "chunks": np.array([1, 2])}, nested, {"text": 1, "chunks": [None, 3, "x"]}, None]
+    assert list(batches(iter(odd), 10)) == [odd]
