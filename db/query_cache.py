@@ -161,18 +161,21 @@ class QueryCache:
         """Keep `result`, computed in `snapshot`, in the slot that its look-up gave."""
         if not all(math.isfinite(hit.distance) for hit in result) or not self.breaker.closed:
             return  # JSON has no infinity
-        value = _encode(
-            {
-                "key": slot.key,
-                "generations": slot.generations,
-                "snapshot": snapshot,
-                "ttl_s": self._ttl_s,
-                "took_s": time.monotonic() - slot.opened,
-                "hits": [asdict(hit) for hit in result],
-                "complete": result.complete,
-                "exact": result.exact,
-            }
-        )
+        try:
+            value = _encode(
+                {
+                    "key": slot.key,
+                    "generations": slot.generations,
+                    "snapshot": snapshot,
+                    "ttl_s": self._ttl_s,
+                    "took_s": time.monotonic() - slot.opened,
+                    "hits": [asdict(hit) for hit in result],
+                    "complete": result.complete,
+                    "exact": result.exact,
+                }
+            )
+        except (orjson.JSONEncodeError, RecursionError):  # metadata that others stored, nested too deep for it
+            return
         with self.breaker.guard():
             self.client.set(slot.name, value, ex=self._ttl_s)
 
