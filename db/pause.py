@@ -7,7 +7,6 @@ end when their time is up, or with `resume`.
 
 import getpass
 import logging
-import math
 import os
 import socket
 from contextlib import ExitStack, suppress
@@ -22,6 +21,7 @@ from .documents import check_text
 from .engine import Database
 from .errors import BusyError, PausedError, ValidationError
 from .locks import PAUSE_CLASS, wait_for_writers
+from .values import shown
 
 logger = logging.getLogger("vectorkeep")
 
@@ -166,8 +166,8 @@ class SessionPause:
 
 def _take(connection: Connection[Any], reason: str, ttl_s: float, *, pid: int | None) -> Pause:
     check_text(reason, "reason")
-    if isinstance(ttl_s, bool) or not math.isfinite(ttl_s) or not 0 < ttl_s <= MAX_TTL_S:
-        raise ValidationError(f"ttl_s is {ttl_s!r}; expected seconds, more than 0 and at most {MAX_TTL_S:.0f}")
+    if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
+        raise ValidationError(f"ttl_s is {shown(ttl_s)}; expected seconds, more than 0 and at most {MAX_TTL_S:.0f}")
     given = {"reason": reason, "owner": _owner(), "pid": pid, "ttl_s": ttl_s}
     if connection.execute(_TAKE, given).fetchone() is None:
         other = recorded_pause(connection) or "by a process that has resumed meanwhile"

@@ -17,6 +17,7 @@ from typing import Any
 from psycopg import Connection, IsolationLevel
 from psycopg import errors as pg
 
+from .arguments import MAX_SECONDS, check_count, check_number
 from .embedding_model import Model
 from .errors import MeasurementError, UnavailableError, ValidationError
 from .filters import Filter
@@ -58,10 +59,8 @@ class RecallRequest:
 
     def __post_init__(self) -> None:
         check_asked(self.k, self.level, self.ef_search)
-        if isinstance(self.sample, bool) or not isinstance(self.sample, int) or not 1 <= self.sample <= MAX_SAMPLE:
-            raise ValidationError(f"sample is {self.sample!r}; expected an integer from 1 to {MAX_SAMPLE}")
-        if not self.deadline_s > 0:
-            raise ValidationError(f"deadline_s is {self.deadline_s!r}; expected seconds above 0")
+        check_count("sample", self.sample, MAX_SAMPLE)
+        check_number("deadline_s", self.deadline_s, 1e-3, MAX_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,8 @@ def measure_recall(
             questions = choose_questions(connection, model, request.level, request.filter, request.sample)
             if not questions.asked:
                 raise ValidationError(
-                    f"there is nothing to measure: no row of {request.level} with a vector passes the filter"
+                    f"there is nothing to measure: no row of {request.level} with a vector passes the filter; "
+                    "choose another filter"
                 )
             measurement = _Measurement(connection, searcher, model, request)
             measurement.compare(questions.asked)

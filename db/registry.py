@@ -14,7 +14,9 @@ from psycopg import Connection
 from psycopg import errors as pg
 
 from . import vectors
+from .arguments import check_count
 from .config import Distance, Settings
+from .documents import check_key
 from .embedding_model import Model
 from .engine import BACKGROUND_WAIT_S, Database, connect_directly
 from .errors import DimensionError, PermissionDeniedError, SchemaError, ValidationError
@@ -53,6 +55,8 @@ def register_model(url: str, model_id: str, dimensions: int, distance: Distance)
 
 def _register(connection: Connection[Any], model: Model) -> Model:
     """Register `model`, or accept the one that is active where it is equal. Returns the active model."""
+    check_key("model_id", model.model_id)
+    check_count("dimensions", model.dimensions, vectors.MAX_DIMENSIONS)
     try:
         with advisory_lock(connection, Purpose.REGISTRY, wait_s=_REGISTRY_WAIT_S):
             connection.execute(_REGISTER, (model.model_id, model.dimensions, model.distance))

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from psycopg import Connection, sql
 
 from . import vectors
+from .arguments import check_count
 from .embedding_model import Model
 from .engine import LIFE
 from .errors import ValidationError
 from .filters import Condition, Filter
 from .models import vector_expression, vector_index_name
 from .types import Hit, Level, SearchResult
+from .values import shown
 
 MAX_K = 10_000
 MAX_EF_SEARCH = 1000
@@ -71,12 +73,10 @@ class Query:
 
 def check_asked(k: Any, level: Any, ef_search: Any) -> None:
     """Raise ValidationError where no search can be asked this."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
-        raise ValidationError(f"k is {k!r}; expected an integer from 1 to {MAX_K}")
-    if level not in ("documents", "chunks"):
-        raise ValidationError(f"level is {level!r}; expected 'documents' or 'chunks'")
-    if isinstance(ef_search, bool) or not isinstance(ef_search, int) or not 1 <= ef_search <= MAX_EF_SEARCH:
-        raise ValidationError(f"ef_search is {ef_search!r}; expected an integer from 1 to {MAX_EF_SEARCH}")
+    check_count("k", k, MAX_K)
+    if not isinstance(level, str) or level not in TABLE_OF:
+        raise ValidationError(f"level is {shown(level)}; expected 'documents' or 'chunks'")
+    check_count("ef_search", ef_search, MAX_EF_SEARCH)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ import sqlalchemy
 from numpy.typing import NDArray
 
 from . import bulk_load, deletion, doctor, maintenance, migrate, orphans, reading, recall, statistics, vectors
+from .arguments import check_bulk, check_consistency, check_count, check_ids, check_min_age
 from .config import Consistency, Distance, Settings
-from .documents import check_key
+from .documents import check_key, check_text
 from .embedding import TextEmbedder
 from .embedding_model import Model
 from .errors import (
@@ -58,6 +59,8 @@ from .types import (
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MAX_BATCH = 100_000
 
 # Set inside `VectorStore.transaction()`: what is read there must not come from, or go to, the cache.
 _in_transaction: ContextVar[bool] = ContextVar("vectorkeep_in_transaction", default=False)
@@ -179,8 +182,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         which ends early where its texts come to 16 Mi characters. `bulk` decides whether vector indexes are built
         after the rows, see `db.bulk_load`; only True raises BusyError, where another bulk load runs.
         """
-        _check_batch_size(batch_size)
-        _check_bulk(bulk)
+        check_count("batch_size", batch_size, MAX_BATCH)
+        check_bulk(bulk)
         tally = Tally(total_of(documents), on_progress)
         with self._parts.metrics.measure("batch_upsert") as operation:
             with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
@@ -204,8 +207,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         embedder passes through; the batches before it are stored, and running again finishes the rest. `bulk` and
         `on_progress` are those of `batch_upsert`.
         """
-        _check_batch_size(batch_size)
-        _check_bulk(bulk)
+        check_count("batch_size", batch_size, MAX_BATCH)
+        check_bulk(bulk)
         texts = self._text_embedder(embedder)
         tally = Tally(total_of(items), on_progress)
         with self._parts.metrics.measure("embed_batch") as operation:
@@ -237,8 +240,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         Another sync of the source is waited for up to `wait_s` seconds, then BusyError says who runs it. `bulk`
         and `on_progress` are those of `batch_upsert`.
         """
-        _check_batch_size(batch_size)
-        _check_bulk(bulk)
+        check_count("batch_size", batch_size, MAX_BATCH)
+        check_bulk(bulk)
         check_key("source_id", source_id)
         texts = self._text_embedder(embedder, register=not dry_run)
         tally = Tally(total_of(items), on_progress)
@@ -274,9 +277,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     @_call
     def delete(self, ids: Sequence[str]) -> DeleteResult:
         """Delete documents with their chunks, in one transaction. Ids that do not exist are passed over."""
-        if isinstance(ids, str):
-            raise ValidationError("ids is a string; expected a sequence of ids")
-        checked = [check_key("id", id_) for id_ in ids]
+        checked = check_ids(ids)
         with self._parts.metrics.measure("delete") as operation:
             return self._delete(operation, lambda transaction: deletion.delete_ids(transaction, checked))
 
@@ -311,7 +312,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         `dry_run` counts all of them and changes nothing. `min_age` spares what was created since. Each batch is
         one short transaction. Validates the foreign key from chunks to documents where it was not yet.
         """
-        _check_batch_size(batch_size)
+        check_count("batch_size", batch_size, MAX_BATCH)
+        check_min_age(min_age)
         if dry_run:
             return orphans.report_orphans(self._parts.database, min_age)
         with self._parts.metrics.measure("cleanup_orphaned") as operation:
@@ -389,7 +391,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
 
         Raises ValidationError for a bad filter, k or vector; DimensionError for one of another length.
         """
-        consistency = _check_consistency(consistency or self._parts.settings.consistency)
+        consistency = check_consistency(self._parts.settings.consistency if consistency is None else consistency)
         filters = Filter(workspace, source_id, where)
         with self._parts.metrics.measure("search") as operation:
             vector = self._embed_query(query) if isinstance(query, str) else vectors.as_vector(query)
@@ -416,9 +418,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     @_call
     def get(self, ids: Sequence[str]) -> list[Document]:
         """The documents of `ids` with their chunks, in the order asked; missing ones are left out."""
-        if isinstance(ids, str):
-            raise ValidationError("ids is a string; expected a sequence of ids")
-        return retried(lambda: reading.get_documents(self.engine, [check_key("id", id_) for id_ in ids]))
+        checked = check_ids(ids)
+        return retried(lambda: reading.get_documents(self.engine, checked))
 
     @_call
     def iter_hashes(self, source_id: str | None = None, *, batch_size: int = 1000) -> Iterator[StoredHash]:
@@ -427,7 +428,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         They are those of one moment: the iterator holds a connection and its snapshot until it ends or is
         closed, and while it does no VACUUM removes what died since. Close one that is not read to its end.
         """
-        _check_batch_size(batch_size)
+        check_count("batch_size", batch_size, MAX_BATCH)
         if source_id is not None:
             check_key("source_id", source_id)
         return reading.iter_hashes(self._parts.database, source_id, batch_size)
@@ -470,7 +471,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """
         model = self.model or self._reload_model()
         if model is None:
-            raise ValidationError("there is nothing to measure: no vector was ever stored")
+            raise ValidationError("there is nothing to measure: no vector was ever stored; store some first")
         request = RecallRequest(
             ef_search=model.ef_search_of(self.settings) if ef_search is None else ef_search,
             target=self.settings.target_recall,
@@ -597,6 +598,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         chosen = embedder or self._embedder
         if chosen is None:
             raise ValidationError("the store has no embedder; give one to connect(embedder=...) or to this call")
+        check_key("model_id of the embedder", chosen.model_id)
+        check_count("dimensions of the embedder", chosen.dimensions, vectors.MAX_DIMENSIONS)
         model = self._parts.model.register(chosen.dimensions, chosen.model_id) if register else self.model
         if model is not None and (model.model_id, model.dimensions) != (chosen.model_id, chosen.dimensions):
             raise SchemaError(
@@ -606,8 +609,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         return TextEmbedder(self._parts.database, chosen, self._parts.chunker)
 
     def _embed_query(self, text: str) -> NDArray[np.float32]:
-        if not text:
-            raise ValidationError("the text is empty; expected a string to embed")
+        check_text(text, "the text to embed")
         [vector] = self._text_embedder(None, register=False).embed_texts([text]).values()
         return vector
 
@@ -628,19 +630,3 @@ def _embed_counts(tally: Tally, texts: TextEmbedder, deleted: int) -> dict[str, 
         "cache_hits": texts.cache_hits,
         "embedded": texts.embedded,
     }
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= 100_000:
-        raise ValidationError(f"batch_size is {batch_size!r}; expected an integer from 1 to 100000")
-
-
-def _check_bulk(bulk: object) -> None:
-    if not isinstance(bulk, bool) and bulk != "auto":
-        raise ValidationError(f"bulk is {bulk!r}; expected True, False or 'auto'")
-
-
-def _check_consistency(consistency: str) -> Consistency:
-    if consistency not in ("strict", "bounded"):
-        raise ValidationError(f"consistency is {consistency!r}; expected 'strict' or 'bounded'")
-    return consistency  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from psycopg import Connection
 from psycopg import errors as pg
 
 from .. import faults
+from ..arguments import MAX_AGE, MAX_SECONDS, check_number
 from ..embedding_model import Model
 from ..engine import Database
 from ..errors import VectorKeepError
@@ -25,7 +26,7 @@ Outcome = Literal["done", "skipped", "failed", "not permitted", "not reached"]
 
 @dataclass(frozen=True, slots=True)
 class MaintenancePlan:
-    """What a run may do, and for how long."""
+    """What a run may do, and for how long. Raises ValidationError."""
 
     skip_compaction: bool = False
     skip_index: bool = False
@@ -36,6 +37,12 @@ class MaintenancePlan:
     deadline_s: float | None = None
     cancel: Event | None = None
     on_progress: StepProgress | None = None
+
+    def __post_init__(self) -> None:
+        check_number("retention_days", self.retention_days, 0, MAX_AGE.days)
+        check_number("index_stale_threshold", self.index_stale_threshold, 0, 1e6)
+        if self.deadline_s is not None:
+            check_number("deadline_s", self.deadline_s, 0, MAX_SECONDS)
 
 
 class Skipped(Exception):  # noqa: N818
