@@ -57,6 +57,13 @@ class _TextParser(HTMLParser):
         else:
             self.parts.append(data if self._in_pre else data.replace("\n", " "))
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """As browsers do: `<![whatever` is a comment. The parser of older Pythons raises AssertionError."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            return self.parse_bogus_comment(i)
+
     def _break(self, tag: str) -> None:
         if tag in _BLOCKS:
             self.parts.append("\n")
