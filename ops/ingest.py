@@ -1,10 +1,13 @@
 """`vectorkeep ingest`."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from db.documents import check_key
 
 from .command import Cli
 from .exit_codes import ExitCode
@@ -67,7 +70,11 @@ def ingest(
 
     Files and lines that cannot be read are reported and skipped; the exit code is then 1.
     """
-    missing = [displayable(path) for path in paths if path != STDIN and not path.exists()]
+    for name, value in (("--source", source), ("--workspace", workspace)):
+        if value is not None:
+            check_key(name, value)
+    # Not Path.exists(), which raises where a name is too long or a folder is closed.
+    missing = [displayable(path) for path in paths if path != STDIN and not os.path.exists(path)]  # noqa: PTH110
     if missing:
         raise typer.BadParameter(f"{missing[0]} does not exist", param_hint="PATH")
     if not sync and (dry_run or allow_empty):
@@ -87,9 +94,9 @@ def ingest(
 
 
 def _print(cli: Cli, totals: Totals, *, dry_run: bool, duration_ms: float) -> None:
-    counts = {name: value for name, value in vars(totals).items() if name != "errors"}
+    counts = {name: value for name, value in vars(totals).items() if not isinstance(value, list)}
     fields = {**counts, "dry_run": dry_run, "duration_ms": round(duration_ms, 1)}
-    cli.output.document({**fields, "errors": totals.errors})
+    cli.output.document({**fields, "record_files": totals.record_files, "errors": totals.errors})
     cli.output.fields(fields)
     for name, reason in totals.errors[:_SHOWN_FAILURES]:
         cli.output.complain(f"{name}: {reason}")

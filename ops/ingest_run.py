@@ -1,5 +1,6 @@
 """One run of `vectorkeep ingest`: what was read goes into the store, and is counted."""
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from db.tally import batches
 
 from .opening import text_embedder
 from .output import Advance, Output
-from .reading import RECORD_SUFFIXES, Reader, UnreadableError, displayable, open_records
+from .reading import RECORD_SUFFIXES, Reader, UnreadableError, bounded_lines, displayable, open_records
 
 STDIN = Path("-")
 
@@ -38,6 +39,7 @@ class Totals:
     cache_hits: int = 0
     empty: int = 0
     passed_over: int = 0
+    record_files: list[str] = field(default_factory=list)
     errors: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, result: db.EmbedResult | db.UpsertResult) -> None:
@@ -57,6 +59,7 @@ class Totals:
         self.read += reader.read
         self.empty += reader.empty
         self.passed_over += reader.passed_over
+        self.record_files += reader.record_files
         self._add_failures(reader.failed)
 
     def _add_failures(self, failures: Sequence[tuple[str, str]]) -> None:
@@ -94,7 +97,7 @@ class IngestRun:
             for path in records:
                 with self.output.progress(f"Ingesting {displayable(path.name)}") as on_progress:
                     self._ingest_records(path, reader, on_progress)
-        self.totals.add_reading(reader)
+        self._tell_of(reader)
 
     def sync(self, sources: Mapping[str, Sequence[Path]], *, allow_empty: bool, dry_run: bool) -> None:
         """Bring each of `sources` to exactly what its paths hold; with `dry_run` count what that would do."""
@@ -130,6 +133,7 @@ class IngestRun:
         items = _items_to_sync(reader, paths)
         first = list(islice(items, 1))
         if not first and not allow_empty and not reader.failed:
+            self._tell_of(reader)
             raise db.ValidationError(
                 f"there is nothing to read for source {source!r}; give --allow-empty to delete all that is stored of it"
             )
@@ -149,7 +153,18 @@ class IngestRun:
             self.output.complain(
                 f"nothing is deleted from source {source!r}: what could not be read may be any document of it"
             )
+        self._tell_of(reader)
+
+    def _tell_of(self, reader: Reader) -> None:
+        """Count what was read, and name what was not though it looks as if it was meant."""
         self.totals.add_reading(reader)
+        if files := reader.record_files:
+            self.output.complain(
+                f"{len(files)} JSONL files in folders were passed over: records are read from files that are named; "
+                f"run 'vectorkeep ingest {' '.join(map(shlex.quote, files[:3]))}{' …' if len(files) > 3 else ''}'"
+            )
+        elif not reader.read and not reader.failed:
+            self.output.say("nothing was read: there is no file of a known kind with text in it")
 
 
 def sources_to_sync(paths: Sequence[Path], source: str | None) -> dict[str, Sequence[Path]]:
@@ -220,7 +235,7 @@ def _items_to_sync(reader: Reader, paths: Sequence[Path]) -> Iterator[db.Item | 
 @contextmanager
 def _lines(path: Path, reader: Reader) -> Iterator[Iterable[bytes]]:
     if path == STDIN:
-        yield sys.stdin.buffer
+        yield bounded_lines(sys.stdin.buffer)
         return
     try:
         file = open_records(path)
@@ -229,7 +244,7 @@ def _lines(path: Path, reader: Reader) -> Iterator[Iterable[bytes]]:
         yield ()
         return
     with file:
-        yield file
+        yield bounded_lines(file)
 
 
 def _counted(items: Iterable[Given], on_progress: Advance) -> Iterator[Given]:

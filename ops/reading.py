@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import orjson
-
 import db
+from db.values import shown
 
 from .html_text import html_text
+from .strict_json import LossyJsonError, strict_json
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".html", ".htm"})
 RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 MAX_FILE_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
+_SKIPPED_AT_ONCE = 2**20
 
 # Never a link, and never a wait for the other end of a pipe.
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -53,7 +55,8 @@ class Reader:
 
     A file's id is its source and its path in the folder; without a `source` that is its absolute path. `failed`
     holds (file, reason) of what could not be read, `unread` the ids of it; `unsure` says that some of it has an id
-    that nobody knows. `passed_over` counts links and special files, `empty` files without any text.
+    that nobody knows. `passed_over` counts links, special files and the `record_files`: JSONL in folders, which is
+    read only where it is named. `empty` counts files without any text.
     """
 
     source: str | None = None
@@ -61,10 +64,11 @@ class Reader:
     read: int = 0
     empty: int = 0
     passed_over: int = 0
+    record_files: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
     unsure: bool = False
-    _given: dict[str, str] = field(default_factory=dict)
+    _given: dict[str, bytes] = field(default_factory=dict)
 
     def fail(self, name: str, exc: Exception, id_: str | None) -> None:
         """Note what could not be read: `name` for a person, and the id of the document that it is, if known."""
@@ -113,20 +117,27 @@ class Reader:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = PurePosixPath(top, name)
-                if name.startswith(".") or path.suffix.lower() not in TEXT_SUFFIXES:
+                suffix = path.suffix.lower()
+                if name.startswith(".") or suffix not in TEXT_SUFFIXES | RECORD_SUFFIXES:
                     continue
-                if _is_regular(name, opened):
+                regular = _is_regular(name, opened)
+                if regular and suffix in TEXT_SUFFIXES:
                     yield Found(folder, path.relative_to(folder), opened)
-                else:
-                    self.passed_over += 1
+                    continue
+                self.passed_over += 1
+                if regular:
+                    self.record_files.append(displayable(path))
 
     def _unreadable_folder(self, exc: OSError) -> None:
         self.fail(displayable(exc.filename or "folder"), exc, None)
 
     def _item(self, found: Found, id_: str, source: str) -> db.Item | None:
-        earlier = self._given.setdefault(id_, found.shown)
-        if earlier != found.shown:
-            raise UnreadableError(f"has the same id {id_!r} as {earlier}; ingest it with another --source")
+        # Two names may look alike: the bytes that are not UTF-8 of one may be spelt out in the other.
+        name = os.fsencode(found.folder / found.path)
+        earlier = self._given.setdefault(id_, name)
+        if earlier != name:
+            other = displayable(os.fsdecode(earlier))
+            raise UnreadableError(f"has the same id {id_!r} as {other}; ingest it with another --source, or rename it")
         text, title = _text_and_title(found)
         if not text.strip():
             self.empty += 1
@@ -153,15 +164,19 @@ class Reader:
                 yield record
 
     def _record(self, line: bytes) -> dict[str, Any]:
+        if len(line) > MAX_RECORD_BYTES and len(line.rstrip(b"\r\n")) > MAX_RECORD_BYTES:
+            raise UnreadableError(f"a line larger than {MAX_RECORD_BYTES // 2**20} MiB; cut the document into parts")
         try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as exc:
-            raise UnreadableError(f"not JSON: {exc}") from exc
+            record = strict_json(line)
+        except LossyJsonError as exc:
+            raise UnreadableError(str(exc)) from exc
+        except ValueError as exc:
+            raise UnreadableError(f"not JSON: {exc}{_why_not(line)}") from exc
         if not isinstance(record, dict):
             raise UnreadableError(f"a {type(record).__name__}; expected an object with id and text")
         for key in ("id", "text"):
             if not isinstance(record.get(key), str):
-                raise UnreadableError(f"{key} is {record.get(key)!r:.60}; expected a string", record.get("id"))
+                raise UnreadableError(f"{key} is {shown(record.get(key))}; expected a string", record.get("id"))
         if record.get("embedding", ...) is None:
             del record["embedding"]  # null: it has none
         if self.source is not None:
@@ -180,6 +195,21 @@ def open_records(path: Path) -> IO[bytes]:
         os.close(descriptor)
         raise UnreadableError("not a regular file; for a pipe give '-'")
     return open(descriptor, "rb")  # noqa: PTH123  (a descriptor, not a path)
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of `file`. Of one that is too large only the beginning, for `Reader.records` to refuse it."""
+    while line := file.readline(MAX_RECORD_BYTES + 2):
+        yield line
+        unfinished = len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n")
+        while unfinished and (part := file.readline(_SKIPPED_AT_ONCE)):
+            unfinished = not part.endswith(b"\n")
+
+
+def _why_not(line: bytes) -> str:
+    if b"\r" in line.strip():
+        return "; its lines end with CR alone, convert it, for example with tr '\\r' '\\n'"
+    return ""
 
 
 def displayable(path: str | os.PathLike[str]) -> str:

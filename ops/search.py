@@ -1,19 +1,21 @@
 """`vectorkeep search`."""
 
+import os
 from enum import StrEnum
 from typing import Annotated, Any
 
 import numpy as np
-import orjson
 import typer
 from numpy.typing import NDArray
 
 import db
+from db.documents import check_text
 from db.embedder import checked
 
 from .command import Cli
 from .opening import open_store, text_embedder
 from .output import excerpt
+from .strict_json import strict_json
 
 
 class Level(StrEnum):
@@ -25,9 +27,9 @@ def _where(given: str | None) -> dict[str, Any] | None:
     if given is None:
         return None
     try:
-        parsed = orjson.loads(given)
-    except orjson.JSONDecodeError as exc:
-        raise typer.BadParameter(f"not JSON: {exc}", param_hint="--where") from exc
+        parsed = strict_json(os.fsencode(given))
+    except ValueError as exc:
+        raise typer.BadParameter(f"not JSON to search by: {exc}", param_hint="--where") from exc
     if not isinstance(parsed, dict):
         raise typer.BadParameter('expected a JSON object such as {"lang": "en"}', param_hint="--where")
     return parsed
@@ -65,6 +67,7 @@ def search(
 
 
 def query_vector(embedder: db.Embedder, query: str) -> NDArray[np.float32]:
+    check_text(query, "the query")
     if not query.strip():
         raise db.ValidationError("the query is empty; expected a text to look for")
     vector: NDArray[np.float32] = checked(embedder, [query])[0]

@@ -91,6 +91,27 @@ def test_a_path_that_does_not_exist_is_a_wrong_command_line(vectorkeep, tmp_path
     assert "does not exist" in vectorkeep("ingest", tmp_path / "nothing", code=2).err
 
 
+@pytest.mark.parametrize("sync", [(), ("--sync", "--source", "s", "--allow-empty")])
+def test_a_folder_of_jsonl_alone_is_told_with_what_to_do(vectorkeep, tmp_path, sync):
+    path = jsonl(tmp_path / "the records.jsonl", NO_VECTOR)
+    ran = vectorkeep("ingest", tmp_path, "--json", *sync)
+    assert (ran.json["read"], ran.json["passed_over"], ran.json["record_files"]) == (0, 1, [path])
+    assert f"run 'vectorkeep ingest '{path}''" in ran.err
+    assert "nothing was read" in vectorkeep("ingest", (tmp_path / "empty").mkdir() or tmp_path / "empty").err
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "a/" * 3000, "a\udcff.txt"])
+def test_no_name_of_a_file_is_a_defect(vectorkeep, tmp_path, name):
+    assert "does not exist" in vectorkeep("ingest", tmp_path / name, code=2).err
+
+
+@pytest.mark.parametrize("option", ["--source", "--workspace"])
+@pytest.mark.parametrize("value", ["", "a\udcff", "x" * 1025])
+def test_a_source_that_cannot_be_stored_is_told_once(vectorkeep, folder, option, value):
+    ran = vectorkeep("ingest", folder, option, value, code=6)
+    assert ran.err.startswith(f"vectorkeep: {option} ")
+
+
 def test_two_files_of_one_id_are_not_silently_one(vectorkeep, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

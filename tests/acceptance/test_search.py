@@ -92,3 +92,8 @@ def test_a_store_of_another_model_says_what_to_do(vectorkeep):
     ran = vectorkeep("search", "anything", code=6)
     assert "'mine' (3 dimensions)" in ran.err
     assert "CallableEmbedder" in ran.err
+
+
+def test_a_query_that_is_no_text_is_refused(vectorkeep):
+    assert "lone surrogate" in vectorkeep("search", "a\udcff", code=6).err
+    assert "twice" in vectorkeep("search", "a", "--where", '{"a": 1, "a": 2}', code=2).err

@@ -1,3 +1,4 @@
+import io
 import os
 
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from ops.html_text import html_text
 from ops.ingest_run import runs
 from ops.output import excerpt, printable, shown
-from ops.reading import Reader, UnreadableError, displayable, open_records
+from ops.reading import Reader, UnreadableError, bounded_lines, displayable, open_records
 
 
 def test_html_becomes_lines_of_text_and_a_title():
@@ -28,7 +29,19 @@ def test_html_becomes_lines_of_text_and_a_title():
 
 
 @pytest.mark.parametrize(
-    "page", ["", "<", "<p", "</p></p>", "<script>never closed", "<!--", "<p>&#0;&bogus;</p>", "<nav><nav></nav>x"]
+    "page",
+    [
+        "",
+        "<",
+        "<p",
+        "</p></p>",
+        "<script>never closed",
+        "<!--",
+        "<p>&#0;&bogus;</p>",
+        "<nav><nav></nav>x",
+        "<![x",
+        "<![ x>y",
+    ],
 )
 def test_broken_html_is_no_error(page):
     html_text(page)
@@ -148,3 +161,31 @@ def test_a_folder_that_cannot_be_opened_may_hold_anything(tmp_path, monkeypatch)
     reader = Reader("s")
     assert list(reader.texts([tmp_path])) == []
     assert (reader.failed, reader.may_hold("s/x/a.txt")) == ([("x", "Permission denied")], True)
+
+
+def test_two_names_that_are_shown_alike_are_not_silently_one(tmp_path):
+    for name in (b"caf\xe9.txt", b"caf\\xe9.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("text")
+    reader = Reader("s")
+    assert len(list(reader.texts([tmp_path]))) == 1
+    assert "same id 's/caf" in reader.failed[0][1]
+
+
+def test_jsonl_in_a_folder_is_passed_over_by_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / ".hidden.jsonl").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    reader = Reader("s")
+    assert list(reader.texts([tmp_path])) == []
+    assert (reader.passed_over, reader.record_files) == (2, [str(tmp_path / "a.jsonl")])
+
+
+def test_of_a_line_too_large_only_the_beginning_is_read(monkeypatch):
+    monkeypatch.setattr("ops.reading.MAX_RECORD_BYTES", 40)
+    monkeypatch.setattr("ops.reading._SKIPPED_AT_ONCE", 7)
+    good = b'{"id": "a", "text": "t"}'
+    lines = list(bounded_lines(io.BytesIO(good + b"\n" + b"x" * 100 + b"\n" + b"y" * 41 + b"\r\n" + good)))
+    assert [len(line) for line in lines] == [25, 42, 42, 24]
+    reader = Reader()
+    assert len(list(reader.records(lines, "f"))) == 2
+    assert ["larger" in reason for _, reason in reader.failed] == [True, True]
