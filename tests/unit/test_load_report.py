@@ -71,6 +71,13 @@ def test_a_trend_leaves_the_warm_up_out():
     assert trend([], []) is None
 
 
+@pytest.mark.parametrize("times", [[0.0], [1.5], [0.0, 1.0], [0.0, 1.0, 2.0]])
+def test_few_samples_are_a_trend_too(times):
+    seen = trend(times, [5.0] * len(times))
+    assert (seen.first, seen.last, seen.judged) == (5, 5, False)
+    assert seen.slope_a_minute == pytest.approx(0)
+
+
 def report(*, memory=lambda _t: 100.0, sessions=lambda _t: 8, seconds=600, errors=(), deaths=(), server=97):
     outcome = Outcome()
     outcome.latencies[WRITE].add(0.1)

@@ -55,7 +55,8 @@ def trend(times_s: Sequence[float], values: Sequence[float]) -> Trend | None:
     warm_up_s = min(_WARM_UP_S, whole_s / 4)
     window_s = min(_WINDOW_S, (whole_s - warm_up_s) / 3)
     warm = [(t, v) for t, v in zip(times_s, values, strict=True) if t >= warm_up_s]
-    first = [v for t, v in warm if t <= warm_up_s + window_s]
+    # Of a process that soon died there may be one sample or two: each window has one at least.
+    first = [v for t, v in warm if t <= warm_up_s + window_s] or [warm[0][1]]
     last = [v for t, v in warm if t >= whole_s - window_s]
     times, levels = zip(*warm, strict=True)
     slope = float(np.polyfit(times, levels, 1)[0]) * 60 if len(warm) > 1 else 0.0
