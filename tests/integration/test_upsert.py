@@ -98,7 +98,7 @@ def test_five_kinds_of_bad_documents_among_good_ones(store):
     assert "all zeros" in reasons["zero"]
     assert "not JSON-serializable" in reasons["metadata"]
     assert [reason for id_, reason in result.errors if id_ == "None"] == [
-        "id is missing",
+        "id is missing; expected at least id and text",
         "got a str; expected a Document or a mapping",
     ]
     assert [d.id for d in store.get([f"good {n}" for n in (1, 2, 3)])] == ["good 1", "good 2", "good 3"]

@@ -56,7 +56,7 @@ def test_vectors_that_the_index_cannot_hold_are_refused(database_url, redis_url,
         result = store.batch_upsert([doc("fits", embedding=[65_504.0, 1.0]), doc("beyond", embedding=[65_505.0, 1.0])])
         assert counts(result) == {"inserted": 1, "failed": 1}
         assert result.errors == [
-            ("beyond", "vector has a component beyond ±65504, which its halfvec index cannot hold")
+            ("beyond", "vector has a component beyond ±65504, which its halfvec index cannot hold; scale all vectors")
         ]
         assert [hit.id for hit in store.search([65_504.0, 1.0])] == ["fits"]
 
