@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test faults clean FORCE
+.PHONY: help demo test faults fuzz clean FORCE
 
 SUITABLE := import ensurepip, sys; raise SystemExit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON),undefined)
@@ -12,6 +12,7 @@ PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3 python;
 endif
 PYTEST_ARGS ?= -n 2
 MINUTES ?= 60
+TIMES ?= 40
 
 # What the caller's environment says about other installations must not reach this one.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
@@ -24,7 +25,7 @@ endif
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-6s %s\n' "$$name" "$$text"; done
-	@echo '  Variables: PYTHON=python3.12 (3.11 or later), PYTEST_ARGS="-n 2 -k upsert"; of faults: MINUTES=60 SEED=any'
+	@echo '  Variables: PYTHON=python3.12 (3.11 or later), PYTEST_ARGS="-n 2 -k upsert"; of faults: MINUTES=60 SEED=any; of fuzz: TIMES=40'
 
 demo: .venv/.demo  ## install into .venv and run the main job on real text, in embedded servers
 	.venv/bin/vectorkeep demo
@@ -37,6 +38,9 @@ test: .venv/.dev  ## install into .venv and run the linters, the type checker an
 
 faults: .venv/.dev  ## kill, cut and starve all servers and workers for MINUTES=60, with SEED=…: nothing may be lost
 	.venv/bin/python -m tests.faults.harness --minutes $(MINUTES) $(if $(SEED),--seed "$(SEED)") $(FAULTS_ARGS)
+
+fuzz: .venv/.dev  ## try TIMES=40 times as many inputs of any kind as the tests do: each is refused or read back equal
+	VECTORKEEP_TEST_FUZZ=$(TIMES) .venv/bin/pytest $(PYTEST_ARGS) tests/fuzz
 
 clean:  ## remove .venv and what the tools left
 	rm -rf .venv .make .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
