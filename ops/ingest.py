@@ -57,11 +57,13 @@ def ingest(
 ) -> ExitCode | None:
     """Read files, embed what changed, store it.
 
-    Of a folder, hidden files and files of other kinds are left out, and links in it are never followed. A
-    document's id is its source and its path in the folder, so that the same file is the same document again.
+    Of a folder, hidden files and files of other kinds are left out, JSONL is left out and told, and links in it are
+    never followed. A document's id is its source and its path in the folder, so that the same file is the same
+    document again.
 
     A line of JSONL has id and text, and may have embedding, metadata and source_id. Where there is an embedding
-    it is stored, else the text is embedded. --source and --workspace fill in what a line lacks.
+    it is stored, else the text is embedded. --source and --workspace fill in what a line lacks. A line that would not
+    be stored as it is written (a key twice, an integer beyond 64 bits), or is larger than 64 MiB, is reported.
 
     With --sync a source becomes exactly what is read: each folder is the source that it is by default, or with
     --source all that is given is that one source. What cannot be read keeps what is stored of it; where that may
