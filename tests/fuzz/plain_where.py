@@ -1,6 +1,7 @@
 """What `where` means, in plain Python: over the metadata of one row."""
 
 import operator
+from collections.abc import Mapping
 
 from tests.fuzz.strategies import same
 
@@ -18,7 +19,7 @@ def _entry(metadata, key, value):
         return any(passes(metadata, part) for part in value)
     if key == "$not":
         return not passes(metadata, value)
-    if isinstance(value, dict) and any(name.startswith("$") for name in value):
+    if isinstance(value, Mapping) and any(name.startswith("$") for name in value):
         return all(_operator(metadata, key, name, operand) for name, operand in value.items())
     return _equal(metadata, key, value)
 
@@ -54,7 +55,7 @@ def _numbers_alike(value):
     """JSON has one kind of numbers: 1 and 1.0 are equal, as in Python; true is no number."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _numbers_alike(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_numbers_alike(item) for item in value]
