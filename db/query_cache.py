@@ -158,7 +158,12 @@ class QueryCache:
             self.client.set(slot.name, _encode({**value, "snapshot": snapshot}), xx=True, keepttl=True)
 
     def store(self, slot: Slot, result: SearchResult, snapshot: str) -> None:
-        """Keep `result`, computed in `snapshot`, in the slot that its look-up gave."""
+        """Keep `result`, computed in `snapshot`, in the slot that its look-up gave.
+
+        Not one that is incomplete: it ran out of time, and the next may have more, or an index that serves its filter.
+        """
+        if not result.complete:
+            return
         if not all(math.isfinite(hit.distance) for hit in result) or not self.breaker.closed:
             return  # JSON has no infinity
         try:

@@ -76,7 +76,7 @@ def _answer(database: Database, connection: StoreConnection, searcher: Searcher,
     """
     while True:
         try:
-            answer = searcher.search(connection, query, model)
+            answer = searcher.search(connection, query, model, incomplete_will_do=True)
         except psycopg.DataError:  # vectors of another length
             _require_model(connection, model)
             raise

@@ -6,6 +6,7 @@ passes is compared instead. The exact form is written so that no vector index ca
 """
 
 import itertools
+import logging
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from psycopg import Connection, sql
+from psycopg import errors as pg
 
 from . import vectors
 from .arguments import check_count
@@ -27,6 +29,8 @@ from .filters import Condition, Filter
 from .models import vector_expression, vector_index_name
 from .types import Hit, Level, SearchResult
 from .values import shown
+
+logger = logging.getLogger("vectorkeep")
 
 MAX_K = 10_000
 MAX_EF_SEARCH = 1000
@@ -95,8 +99,14 @@ class Searcher:
         self._estimates: OrderedDict[tuple[Any, ...], tuple[float, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def search(self, connection: Connection[Any], query: Query, model: Model) -> Answer:
-        """The k nearest rows. Runs in one transaction; raises what psycopg raises."""
+    def search(
+        self, connection: Connection[Any], query: Query, model: Model, *, incomplete_will_do: bool = False
+    ) -> Answer:
+        """The k nearest rows. Runs in one transaction; raises what psycopg raises.
+
+        incomplete_will_do: where a scan brought some rows, but not all, and comparing every row that passes is
+        cancelled, return those, told to be incomplete.
+        """
         with connection.transaction():
             if not self._begin_scan(connection, query, model):
                 return _run(connection, query, model, exact=True)
@@ -104,7 +114,15 @@ class Searcher:
             if found.result.complete:
                 return found
             # The scan ran dry: few rows pass the filter or the server's policies, or it could not reach them.
-            exact = _run(connection, query, model, exact=True)
+            try:
+                with connection.transaction():  # a savepoint: the scan's answer outlives it
+                    exact = _run(connection, query, model, exact=True)
+            except pg.QueryCanceled as exc:
+                if not (incomplete_will_do and found.result):
+                    raise
+                fields = {"hits": len(found.result), "level": query.level, "reason": exc.diag.message_primary}
+                logger.warning("search.incomplete", extra=fields)
+                return found
             return Answer(exact.result, found.snapshot, found.life)  # the older snapshot: the safe one to cache with
 
     def indexes_planned(self, connection: Connection[Any], query: Query, model: Model) -> set[str]:

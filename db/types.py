@@ -155,7 +155,8 @@ class Hit:
 class SearchResult(Sequence[Hit]):
     """The hits of a search, nearest first.
 
-    complete: False where fewer than k came back and more may exist.
+    complete: False where more, and nearer, ones may exist: few rows pass the filter, and comparing all of those took
+        longer than `statement_timeout_s`.
     cached: the answer came from the cache, and was checked to be still true.
     exact: every row that passes the filter was compared.
     """

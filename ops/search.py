@@ -63,7 +63,10 @@ def search(
     if not result:
         cli.output.say("nothing found")
     elif not result.complete:
-        cli.output.say(f"{len(result)} found; more may exist, --exact compares every row")
+        cli.output.say(
+            f"{len(result)} found, and others may be nearer: comparing all that pass the filter took longer than "
+            "VECTORKEEP_STATEMENT_TIMEOUT_S; raise it, or index the metadata (docs/operations.md)"
+        )
 
 
 def query_vector(embedder: db.Embedder, query: str) -> NDArray[np.float32]:

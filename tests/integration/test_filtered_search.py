@@ -1,5 +1,8 @@
 """Filters: a small tenant gets all its rows, every filter means what plain Python means, nothing gets through."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -9,7 +12,7 @@ from psycopg.sql import Identifier
 import db
 from db import search
 from db.errors import ValidationError
-from db.filters import compile_where
+from db.filters import Filter, compile_where
 
 D = 4
 QUERY = [1.0, 0.5, 0.25, 0.125]
@@ -59,6 +62,80 @@ def test_a_small_tenant_gets_all_its_rows(crowded, monkeypatch):
         everything = crowded.search(QUERY, TENANT + 5, workspace="small")
         assert (len(everything), everything.complete, everything.exact) == (TENANT, True, True)
         assert list(crowded.search(QUERY, 10, workspace="nobody")) == []
+
+
+# -- where few rows of many pass --------------------------------------------------------------------------------
+
+SLOW = """
+    CREATE FUNCTION slow(id text) RETURNS bool LANGUAGE plpgsql AS
+    'BEGIN IF id LIKE ''small%'' THEN PERFORM pg_sleep(0.1); END IF; RETURN true; END'
+"""
+
+
+@pytest.fixture
+def slow_reader(crowded, sql, url_as, until):
+    """The URL of a role that takes two seconds to look at the rows that no index scan around the query visits."""
+    [(role,)] = sql("SELECT current_database() || '_slow'")
+    sql(SLOW)
+    sql("ALTER TABLE embeddings ENABLE ROW LEVEL SECURITY")
+    sql("CREATE POLICY slowly ON embeddings USING (slow(id))")
+    sql(f"CREATE ROLE {role} LOGIN PASSWORD 'slow'")
+    sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+    yield url_as(role, "slow")
+    until(lambda: not sql("SELECT 1 FROM pg_stat_activity WHERE usename = %s", role))
+    sql(f"DROP OWNED BY {role}")
+    sql(f"DROP ROLE {role}")
+
+
+def test_where_comparing_all_takes_too_long_the_scan_answers_and_says_that_it_is_incomplete(
+    crowded, slow_reader, redis_url, caplog
+):
+    nearest = [hit.metadata["n"] for hit in crowded.search(QUERY, 3, workspace="big")]
+    filtered = {"where": {"n": {"$in": nearest}}}
+    with db.connect(slow_reader, redis_url, statement_timeout_s=1) as store:
+        for _ in range(2):
+            caplog.clear()
+            result = store.search(QUERY, 10, **filtered)
+            assert [hit.metadata["n"] for hit in result] == nearest
+            assert (result.complete, result.exact, result.cached) == (False, False, False)
+            assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ["search.incomplete"]
+        assert [store.search(QUERY, 10).cached for _ in range(2)] == [False, True], "what is complete is kept"
+        with pytest.raises(db.UnavailableError, match="statement_timeout_s"):
+            store.search(QUERY, 10, exact=True, **filtered)
+        with pytest.raises(db.UnavailableError, match="statement_timeout_s"):
+            store.search(QUERY, 10, where={"tenant": "nobody"})
+
+
+MANY = """
+    INSERT INTO embeddings (id, text, embedding, model_id, metadata)
+    SELECT 'd' || n, 't', ARRAY[1, n, 0, 0]::vector, 'test-model',
+           jsonb_build_object('lang', CASE WHEN n %% 2500 = 0 THEN 'is' ELSE 'en' END, 'year', n)
+    FROM generate_series(1, 50000) AS n
+"""
+
+
+@pytest.mark.every_server
+def test_an_index_on_the_key_serves_the_comparison_of_all_that_pass(database_url, sql):
+    """The spelling is that of docs/operations.md."""
+    guide = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    [statement] = re.findall(r"CREATE INDEX CONCURRENTLY \S+ ON embeddings .*;", guide)
+    with db.connect(database_url, False, model_id="test-model", dimensions=D) as store:
+        store.batch_upsert([row("first", QUERY, "first", 0)])  # registers the model
+        sql("DROP INDEX embeddings_vector_idx")  # not what this is about, and slow to fill
+        sql(MANY.replace("%%", "%"))
+        sql(statement)
+        sql(statement.replace("lang", "year"))
+        sql("ANALYZE embeddings")
+        planned = {}
+        for where in ({"lang": "is"}, {"lang": {"$in": ["is", "fo"]}}, {"year": {"$lt": 30}}, {"lang": {"$gt": "f"}}):
+            query = search.Query(np.float32(QUERY), 10, "documents", Filter(where=where), 100, True)
+            with store.pool.connection() as connection:
+                planned[str(where)] = bool(
+                    {"embeddings_lang_idx", "embeddings_year_idx"}
+                    & store._parts.searcher.indexes_planned(connection, query, store.model)
+                )
+        assert list(planned.values()) == [True, True, True, False], planned
+        assert len(store.search(QUERY, 50, where={"lang": "is"})) == 20
 
 
 # -- where, against plain Python -------------------------------------------------------------------------------
