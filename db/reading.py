@@ -2,25 +2,23 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import psycopg
 import sqlalchemy
-from psycopg import Connection, sql
-from sqlalchemy import LargeBinary, func, insert, select
+from psycopg import sql
+from sqlalchemy import LargeBinary, func, select
 
 from . import faults, vectors
 from .config import Consistency
 from .embedding_model import Model
 from .engine import LIFE, Database, StoreConnection
 from .errors import translated
-from .locks import LOCK_CLASS, Purpose
-from .models import Chunk, Embedding, WriteLog
-from .pause import current_pause
+from .models import Chunk, Embedding
 from .query_cache import CacheKey, QueryCache
 from .search import Answer, Query, Searcher
 from .tally import LOG_EVERY
-from .transactions import LoggedWrite, source_tag, waiting_for_resume, workspace_tag
+from .transactions import source_tag, workspace_tag
 from .types import Document, DocumentChunk, SearchResult, StoredHash
 
 logger = logging.getLogger("vectorkeep")
@@ -182,24 +180,3 @@ def iter_hashes(database: Database, source_id: str | None, batch_size: int) -> I
                 if number % LOG_EVERY == 0:
                     logger.info("iter_hashes.progress", extra={"rows": number, "source_id": source_id})
                 yield StoredHash(id_, source, digest or b"", tuple(chunk_digests))
-
-
-def lock_writers(connection: sqlalchemy.Connection, database: Database) -> None:
-    """Join the writers in a caller's own transaction: whoever must keep them out waits for it.
-
-    Raises PausedError while ingestion is paused, or waits, as the setting `on_pause` says; with no lock held.
-    """
-
-    def join() -> None:
-        with connection.begin_nested():
-            connection.execute(select(func.pg_advisory_xact_lock_shared(LOCK_CLASS, int(Purpose.WRITERS))))
-            if pause := current_pause(cast(Connection[Any], connection.connection.driver_connection)):
-                raise pause.error()
-
-    waiting_for_resume(join, database)
-
-
-def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedWrite:
-    """Insert the write-log row of a caller's own transaction."""
-    statement = insert(WriteLog).values(tags=list(tags)).returning(WriteLog.id)
-    return LoggedWrite(connection.scalars(statement).one(), list(tags))

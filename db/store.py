@@ -35,7 +35,16 @@ from .recall import RecallRequest
 from .search import Query
 from .sync import SourceSync
 from .tally import Tally, total_of
-from .transactions import LoggedWrite, bounded_tags, retried, run_write, source_tag, workspace_tag
+from .transactions import (
+    LoggedWrite,
+    begin_write,
+    bounded_tags,
+    log_write,
+    retried,
+    run_write,
+    source_tag,
+    workspace_tag,
+)
 from .types import (
     CleanupResult,
     DeleteResult,
@@ -331,14 +340,15 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         """A transaction for the caller's own SQL. What it writes is told with `record_write` before it ends.
 
-        Inside it, searches of this thread neither read nor fill the cache.
+        Inside it, searches of this thread neither read nor fill the cache. Raises PausedError while ingestion is
+        paused, or waits for its end, as the setting `on_pause` says; SchemaError where the store was moved to another
+        model. A lock that another session holds is waited for a little shorter than a statement may take.
         """
         self._check_open()
         token = _in_transaction.set(True)
         told: list[LoggedWrite] = []
         try:
-            with translated(), self.engine.begin() as connection:
-                reading.lock_writers(connection, self._parts.database)
+            with translated(), begin_write(self._parts.database) as connection:
                 connection.info["vectorkeep_writes"] = told
                 yield connection
         finally:
@@ -365,7 +375,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         tags |= {workspace_tag(check_key("workspace", w)) for w in workspaces}
         if not tags and not everything:
             raise ValidationError("nothing is named; give sources, workspaces or everything=True")
-        write = reading.log_write(connection, ["all", "store"] if everything else bounded_tags(tags))
+        write = log_write(connection, ["all", "store"] if everything else bounded_tags(tags))
         connection.info.setdefault("vectorkeep_writes", []).append(write)
 
     # -- reading ---------------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ within itself, commits, and then tells the cache. Transient faults run the whole
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
+import sqlalchemy
 import stamina
-from psycopg import Cursor, sql
+from psycopg import Connection, Cursor, sql
 from psycopg import errors as pg
 
 from . import faults
@@ -126,6 +128,33 @@ def run_write(
         after_commit(logged)
         faults.point("write.told")
     return outcome
+
+
+@contextmanager
+def begin_write(database: Database) -> Iterator[sqlalchemy.Connection]:
+    """A transaction of the caller's own that has joined the writers; it commits at the end of the block.
+
+    Waits for the end of a pause, where the setting `on_pause` says so, with no transaction open and no connection
+    held: a session that waits inside one would be ended by the server. Raises as `_lock_writers` does.
+    """
+    with ExitStack() as begun:
+
+        def begin() -> sqlalchemy.Connection:
+            with ExitStack() as attempt:
+                connection = attempt.enter_context(database.engine.begin())
+                driver = cast(Connection[Any], connection.connection.driver_connection)
+                with driver.cursor() as cursor:
+                    _lock_writers(cursor, database)
+                begun.push(attempt.pop_all())
+                return connection
+
+        yield waiting_for_resume(lambda: retried(begin), database)
+
+
+def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedWrite:
+    """Insert the write-log row of a caller's own transaction."""
+    [(log_id, _)] = connection.exec_driver_sql(_LOG_WRITE, (list(tags),)).all()
+    return LoggedWrite(log_id, list(tags))
 
 
 def waiting_for_resume(write: Callable[[], R], database: Database) -> R:

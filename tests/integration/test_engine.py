@@ -192,6 +192,8 @@ def test_writers_that_are_locked_out_are_told_so_and_no_document_is_blamed(datab
             store.batch_upsert([{"id": f"{n}", "text": "t"} for n in range(50)])
         with pytest.raises(UnavailableError, match="writers are locked out"):
             store.delete_by_source_id("s")
+        with pytest.raises(UnavailableError, match="writers are locked out"), store.transaction():
+            pytest.fail("it has not joined the writers")
         assert time.monotonic() - started < 3
         admin.execute("SELECT pg_advisory_unlock_all()")
         assert store.batch_upsert([{"id": "a", "text": "t"}]).inserted == 1

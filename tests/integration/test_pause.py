@@ -181,6 +181,24 @@ def test_a_patient_writer_waits_for_the_end(store, patient, sql, caplog, until):
         assert counting.result(timeout=10) in (0, 1)
 
 
+def test_a_patient_transaction_waits_with_nothing_open_and_holds_no_connection(store, database_url, sql, caplog, until):
+    """The server ends a session that waits inside a transaction, and of a pool of one the wait itself needs it."""
+    caplog.set_level("INFO", "vectorkeep")
+    store.pause_ingestion("longer than a session may be idle in a transaction")
+    limits = {"pool_max": 1, "pool_timeout_s": 2, "idle_in_transaction_timeout_s": 0.3}
+    with (
+        db.connect(database_url, False, on_pause="wait", pause_wait_s=30, **limits) as patient,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        counting = threads.submit(count_in_transaction, patient)
+        until(lambda: "write.waits_for_resume" in caplog.text)
+        sql("SELECT pg_sleep(0.6)")
+        assert patient.get(["00001"]) == []
+        assert not counting.done()
+        store.resume_ingestion()
+        assert counting.result(timeout=10) == 0
+
+
 def test_a_patient_writer_gives_up_when_its_time_is_over(store, database_url, sql):
     store.pause_ingestion("for long")
     with (

@@ -76,3 +76,12 @@ def test_a_role_that_may_not_write_is_told_so(store, sql):
         sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET role")
         sql(f"DROP OWNED BY {role}")
         sql(f"DROP ROLE {role}")
+
+
+def test_a_callers_transaction_is_refused_once_the_store_was_moved_to_another_model(store, sql):
+    store.batch_upsert([doc("a", embedding=[1.0] * 8)])
+    with store.transaction():
+        pass
+    sql("UPDATE embedding_models SET model_id = 'another' WHERE active")
+    with pytest.raises(SchemaError, match="is 'another' .* now"), store.transaction():
+        pytest.fail("its writes would be of the old model")
