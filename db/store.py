@@ -589,8 +589,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         if unfinished:
             raise MaintenanceIncomplete(f"the store is closed, but not done: {'; '.join(unfinished)}")
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        """Close; after an exception at once, so that no maintenance delays it or raises an error in its place."""
+        self.close(maintain=None if exc_type is None else False)
 
     def __repr__(self) -> str:
         state = "closed" if self._parts.closed else "open"

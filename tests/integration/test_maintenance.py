@@ -78,6 +78,20 @@ def test_a_cached_answer_from_before_the_watermark_is_computed_anew(store, sql, 
 # -- retention -----------------------------------------------------------------------------------------------
 
 
+def test_builds_past_retention_are_removed_but_the_newest_and_the_last_large_one(store, sql):
+    for rows, days in ((5000, 9), (4000, 8), *((0, 7) for _ in range(8)), (0, 1)):
+        sql(
+            "INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms, created_at)"
+            " VALUES ('chunks_vector_idx', 'chunks', %s, 1, 1, now() - %s * interval '1 day')",
+            rows,
+            days,
+        )
+    result = store.maintain(skip_index=True, skip_compaction=True, retention_days=3.5)
+    told = "removed 0 runs past retention; removed 5 builds of indexes past retention"
+    assert details(result, "retire run history") == told
+    assert sql("SELECT rows FROM index_builds ORDER BY id") == [(4000,), (0,), (0,), (0,), (0,), (0,)]
+
+
 def test_metrics_and_runs_past_retention_are_removed(store, sql):
     sql("""
         INSERT INTO performance_metrics (operation, duration_ms, created_at)
@@ -393,3 +407,15 @@ def test_the_tables_that_a_rebuild_replaced_are_kept_for_a_while_and_then_droppe
         assert outcomes(other.maintain())["retire previous tables"] == "skipped"
     assert sql("SELECT count(*) FROM pg_tables WHERE tablename = 'embeddings'") == [(1,)]
     assert sql("SELECT count(*) FROM embeddings") == [(5,)]
+
+
+@pytest.mark.usefixtures("due")
+@pytest.mark.parametrize("raised", [RuntimeError("the caller's own"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_a_block_that_an_exception_ends_closes_at_once_and_maintains_nothing(database_url, sql, raised):
+    with (
+        pytest.raises(type(raised)),
+        db.connect(database_url, False, maintenance_url="postgresql://127.0.0.1:1/nowhere") as other,
+    ):
+        raise raised
+    assert other.pool.closed
+    assert sql(RUNS) == [(0,)]
