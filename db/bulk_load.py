@@ -5,14 +5,18 @@ What `bulk` means to `batch_upsert`, `embed_batch` and `sync`:
 True: the caller asks. Indexes in use are dropped, and built anew at the end, as by `store.bulk_load()`.
 False: never. Rows are written beside the indexes that there are.
 "auto": where it pays and no search loses an index. Into an empty store, 1,000 inputs or more, or an unknown
-number of them, are loaded without both indexes; 1,000 or more for certain, without the index of each table that
-is empty, or whose index an interrupted load has left missing. An index in use stays. Where that cost much, the
-log says at the end that a bulk load would be faster, with the seconds that are predicted for both:
+number of them, are loaded without both indexes. Where 1,000 or more come for certain, an index that an interrupted
+load has left missing is built after them. Any other index stays, and no lock is taken for it. Where that cost much,
+the log says at the end that a bulk load would be faster, with the seconds that are predicted for both:
 
     beside the index: rows inserted × 2 ms
     bulk load:        rows stored at the end / rows a second of the last build in `index_builds` (5,000 before any)
 
 It does so where the first is more than twice the second. Only documents are counted: chunks scale both alike.
+
+Inputs may never end. An automatic load ends with the batch after which it has run for 30 minutes, or has brought
+1,000,000 inputs of an unknown number: the indexes are built, and what follows is written beside them. Where another
+process builds just then, the log says which index is missing: what was written is not lost to the caller for that.
 
 Who loads holds a session lock. While it is held searches compare all rows, and say so; when the load ends the
 indexes are built online. A loader that dies leaves no lock and a missing index. Whoever opens the store next is
@@ -20,7 +24,10 @@ warned, and the next large write, or `maintain`, builds it.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
@@ -46,6 +53,12 @@ Bulk = bool | Literal["auto"]
 
 # Fewer inputs than this are written beside a live index: building one anew would cost more.
 AUTO_MIN_INPUTS = 1000
+# An automatic load ends here: what feeds it may have no end. Beyond so many rows a graph has also outgrown the memory
+# that a build gets, and building is no longer much faster than inserting. A number that is known ends by itself.
+AUTO_MAX_INPUTS = 1_000_000
+AUTO_MAX_S = 1800.0
+# Nobody asked for an automatic load, and its rows are committed: another builder is not waited for any longer.
+_AUTO_BUILDER_WAIT_S = 5.0
 # What the prediction reckons with. A build of fewer rows than AUTO_MIN_INPUTS says nothing about large ones.
 _INSERT_S = 0.002
 _ROWS_A_SECOND = 5000.0
@@ -114,30 +127,58 @@ def chosen(database: Database, model: StoreModel, bulk: Bulk, tally: Tally) -> I
 def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iterator[Collection[Table]]:
     """A bulk load where it pays and harms nobody: many inputs or an unknown number of them, and no index in use yet.
 
-    That is an empty table, where the index is dropped, and one whose index is missing. An index that serves
-    searches is never dropped here. Yields the tables that are loaded so.
+    That is an empty store, where the indexes are dropped, and a table whose index is missing. An index that serves
+    searches is never dropped here. Yields the tables that are loaded so. It may end before the block does, see
+    `AUTO_MAX_INPUTS`.
     """
     loaded: Collection[Table] = ()
     with ExitStack() as stack:
         if inputs is None or inputs >= AUTO_MIN_INPUTS:
             with database.connection() as pooled:
                 worth_it = _loadable_tables(pooled, inputs)
-            if worth_it:
+            if worth_it and (model.registered is None or model.registered.indexed):
                 connection = stack.enter_context(database.maintenance())
                 # Where another load runs, or a stranger holds the table, rows are written beside the index.
                 with suppress(BusyError, pg.LockNotAvailable):
                     # Asked again under the lock: another load may have filled the tables meanwhile.
-                    loaded = stack.enter_context(
-                        _loading(connection, model, lambda: _loadable_tables(connection, inputs))
-                    )
+                    load = _loading(connection, model, lambda: _loadable_tables(connection, inputs), automatic=True)
+                    loaded = stack.enter_context(load)
+                    stack.enter_context(model.telling_batches(_Bound(stack, inputs).count))
         yield loaded
+
+
+class _Bound:
+    """Ends an automatic load once it has run for long, or has brought many of an unknown number of inputs."""
+
+    def __init__(self, load: ExitStack, inputs: int | None) -> None:
+        self._load = load
+        self._left = AUTO_MAX_INPUTS if inputs is None else math.inf
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def count(self, inputs: int) -> None:
+        """Note that a batch of `inputs` is written, by any thread."""
+        with self._lock:
+            self._left -= inputs
+            seconds = time.monotonic() - self._started
+            if self._ended or (self._left > 0 and seconds < AUTO_MAX_S):
+                return
+            self._ended = True
+        logger.info("bulk_load.ended_early", extra={"seconds": seconds, "effect": "further rows go beside the index"})
+        self._load.close()
 
 
 @contextmanager
 def _loading(
-    connection: Connection[Any], model: StoreModel, choose_tables: Callable[[], tuple[Table, ...]]
+    connection: Connection[Any],
+    model: StoreModel,
+    choose_tables: Callable[[], tuple[Table, ...]],
+    *,
+    automatic: bool = False,
 ) -> Iterator[Collection[Table]]:
     with advisory_lock(connection, Purpose.BULK_LOAD, wait_s=0):
+        tables: tuple[Table, ...] = ()
         try:  # from here on: one index may be dropped where the other cannot be
             tables = choose_tables()
             drop_vector_indexes(connection, tables)
@@ -147,8 +188,18 @@ def _loading(
             faults.point("bulk_load.loaded")
         finally:
             if model.registered is not None and not connection.closed:
-                ensure_vector_indexes(connection, model.registered)
+                build = _build_or_warn if automatic else ensure_vector_indexes
+                build(connection, model.registered, tables)
                 faults.point("bulk_load.built")
+
+
+def _build_or_warn(connection: Connection[Any], model: Model, tables: Iterable[Table]) -> None:
+    """Build the indexes of `tables`; where another process builds for long, log a warning that names the remedy."""
+    try:
+        ensure_vector_indexes(connection, model, tables, wait_s=_AUTO_BUILDER_WAIT_S)
+    except BusyError as exc:
+        missing = [name for (name,) in connection.execute(_MISSING)]
+        logger.warning("vector_index.missing", extra=_missing_extra(missing) | {"reason": str(exc)})
 
 
 def _refuse_while_paused(connection: Connection[Any]) -> None:
@@ -157,17 +208,18 @@ def _refuse_while_paused(connection: Connection[Any]) -> None:
 
 
 def _loadable_tables(connection: Connection[Any], inputs: int | None) -> tuple[Table, ...]:
-    """Both tables where the store is empty; where many inputs come for certain, each that is empty or lacks its index.
+    """Both tables where the store is empty; where many inputs come for certain, each that lacks its index.
 
-    An unknown number may turn out to be one: that is no reason to lock a table of a store in use.
+    A table may stay empty for ever, as that of the chunks does where documents bring vectors of their own: emptiness
+    of one table alone is no reason to lock it. An unknown number of inputs may turn out to be one.
     """
     row = connection.execute(_STATE).fetchone()
     if row is None or current_pause(connection) is not None:
         return ()
     empty, missing = row[:2], row[2:]
-    if inputs is None:
-        return INDEXED_TABLES if all(empty) else ()
-    return tuple(table for table, *why in zip(INDEXED_TABLES, empty, missing, strict=True) if any(why))
+    if all(empty):
+        return INDEXED_TABLES
+    return () if inputs is None else tuple(table for table, lacks in zip(INDEXED_TABLES, missing, strict=True) if lacks)
 
 
 def _advise(database: Database, model: Model | None, inserted: int) -> None:
@@ -192,5 +244,8 @@ def warn_of_missing_indexes(database: Database, model: Model | None) -> None:
     with database.connection() as connection:
         missing = [name for (name,) in connection.execute(_MISSING)]
         if missing and not is_held(connection, Purpose.BULK_LOAD, Purpose.INDEX_BUILD):
-            extra = {"indexes": missing, "effect": "searches compare all rows", "remedy": "run 'vectorkeep maintain'"}
-            logger.warning("vector_index.missing", extra=extra)
+            logger.warning("vector_index.missing", extra=_missing_extra(missing))
+
+
+def _missing_extra(indexes: list[str]) -> dict[str, Any]:
+    return {"indexes": indexes, "effect": "searches compare all rows", "remedy": "run 'vectorkeep maintain'"}

@@ -66,7 +66,7 @@ class Ingestion:
                 all_new = all(outcome == "inserted" for outcome in written.values())
             else:
                 self._write(self._changed_documents(checked, tally), tally)
-            tally.progress(len(batch))
+            self._done(tally, len(batch))
 
     def embed(
         self, items: Iterable[Item | Mapping[str, Any]], embedder: TextEmbedder, batch_size: int, tally: Tally
@@ -86,9 +86,14 @@ class Ingestion:
                     upsert = self._embed_changed(checked, embedder, tally)
                     self._finish(pending, embedder, tally)
                     write = writer.submit(self._write_found, upsert, checked, tally)
-                    pending = _PendingWrite(upsert.ids, write, partial(tally.progress, len(batch)))
+                    pending = _PendingWrite(upsert.ids, write, partial(self._done, tally, len(batch)))
             finally:
                 self._finish(pending, embedder, tally)
+
+    def _done(self, tally: Tally, inputs: int) -> None:
+        """A batch is written, and nothing of the next one yet."""
+        self.model.batch_written(inputs)
+        tally.progress(inputs)
 
     def _finish(self, pending: "_PendingWrite", embedder: TextEmbedder, tally: Tally) -> None:
         """Wait for a write. Items whose document was deleted, after its vector was found to stay, are embedded."""

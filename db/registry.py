@@ -6,7 +6,7 @@ The active model fixes the dimensions and the distance of a store. It is registe
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,7 @@ class StoreModel:
         self._database = database
         self._lock = threading.Lock()
         self._deferring = 0
+        self._batch_told: Callable[[int], None] | None = None
 
     @property
     def _registered(self) -> Model | None:
@@ -142,6 +143,20 @@ class StoreModel:
         finally:
             with self._lock:
                 self._deferring -= 1
+
+    @contextmanager
+    def telling_batches(self, tell: Callable[[int], None]) -> Iterator[None]:
+        """Inside, `tell(inputs)` is called after each batch that is written, by any call on the store."""
+        self._batch_told = tell
+        try:
+            yield
+        finally:
+            self._batch_told = None
+
+    def batch_written(self, inputs: int) -> None:
+        """Tell whoever loads that a batch of so many inputs is written."""
+        if (tell := self._batch_told) is not None:
+            tell(inputs)
 
     def encode(self, value: Any) -> bytes:
         """`value` checked against the model, in binary form; the first vector ever registers the model.

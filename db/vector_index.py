@@ -62,14 +62,18 @@ def ensure_vector_indexes(
     """Build the vector indexes that are missing or invalid, on a maintenance connection. Returns their names.
 
     Online on a table with rows. Where the role may not, or another session holds the table for long, a warning
-    is logged and searches stay exact. Raises BusyError where another process builds for longer than `wait_s`.
+    is logged and searches stay exact. Where nothing is missing no lock is taken. Raises BusyError where another
+    process builds for longer than `wait_s`.
     """
-    built = []
+    wanting = [table for table in tables if model.indexed and not _is_valid(connection, table)]
+    if not wanting:
+        return []
     with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=wait_s):
-        for table in tables if model.indexed else ():
-            if not _is_valid(connection, table) and _try_build(connection, table, model):
-                built.append(vector_index_name(table.name))
-    return built
+        return [
+            vector_index_name(table.name)
+            for table in wanting
+            if not _is_valid(connection, table) and _try_build(connection, table, model)  # who had the lock may have
+        ]
 
 
 def drop_vector_indexes(connection: Connection[Any], tables: Iterable[Table]) -> None:

@@ -34,6 +34,17 @@ _RETIRE_RUNS = """
     WHERE finished_at < now() - make_interval(secs => %s)
       AND id IS DISTINCT FROM (SELECT max(id) FROM maintenance_runs WHERE success)
 """
+# The newest of each index stay, and its newest of many rows: index health and predictions compare with them.
+_RETIRE_BUILDS = """
+    WITH numbered AS (
+        SELECT id, row_number() OVER (PARTITION BY index_name ORDER BY id DESC) AS newest,
+               row_number() OVER (PARTITION BY index_name, rows >= 1000 ORDER BY id DESC) AS newest_of_size
+        FROM index_builds)
+    DELETE FROM index_builds USING numbered
+    WHERE index_builds.id = numbered.id AND index_builds.created_at < now() - make_interval(secs => %s)
+      AND newest > 5 AND NOT (rows >= 1000 AND newest_of_size = 1)
+"""
+_MAY_RETIRE_BUILDS = "SELECT has_table_privilege('index_builds', 'DELETE')"
 
 
 def prune_log(run: Run) -> str:
@@ -46,7 +57,13 @@ def retire_metrics(run: Run) -> str:
 
 
 def retire_runs(run: Run) -> str:
-    return run.remove(_RETIRE_RUNS, (run.plan.retention_days * 86_400,), "runs past retention")
+    """Retire the records of runs, and where the role may those of builds of indexes."""
+    keep_s = run.plan.retention_days * 86_400
+    done = run.remove(_RETIRE_RUNS, (keep_s,), "runs past retention")
+    before = run.rows_removed
+    [(may,)] = run.connection.execute(_MAY_RETIRE_BUILDS).fetchall()
+    builds = run.remove(_RETIRE_BUILDS, (keep_s,), "builds of indexes past retention") if may else ""
+    return f"{done}; {builds}" if run.rows_removed > before else done
 
 
 def retire_vectors(run: Run) -> str:

@@ -1,17 +1,21 @@
 """Bulk loads: rows first, indexes after; no index in use is lost, no search is silently empty, no crash is for good."""
 
+import itertools
 import logging
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psycopg
 import pytest
 
 import db
 from db import bulk_load, vector_index
+from db.locks import Purpose, advisory_lock
 
 MANY = bulk_load.AUTO_MIN_INPUTS
 INDEXES = {"embeddings_vector_idx": True, "chunks_vector_idx": True}
@@ -130,12 +134,73 @@ def test_an_index_in_use_is_never_dropped_by_itself(registered, indexes, sql):
     assert index_oids(sql) == before
 
 
-def test_a_table_in_use_keeps_its_index_where_the_other_is_empty(registered, indexes):
+@contextmanager
+def index_build_held(url):
+    with psycopg.connect(url, autocommit=True) as builder, advisory_lock(builder, Purpose.INDEX_BUILD, wait_s=0):
+        yield
+
+
+def test_no_index_is_dropped_or_waited_for_where_one_table_stays_empty(registered, indexes, sql, database_url):
     registered.batch_upsert(documents(1))
-    during = []
-    registered.batch_upsert(with_chunks(documents(MANY, "n")), on_progress=lambda *_: during.append(indexes()))
-    assert during == [{"embeddings_vector_idx": True}]
+    before, builds, during = index_oids(sql), sql("SELECT count(*) FROM index_builds"), []
+    with index_build_held(database_url):
+        told = registered.batch_upsert(documents(MANY, "n"), on_progress=lambda *_: during.append(indexes()))
+    assert (told.inserted, during) == (MANY, [INDEXES])
+    assert index_oids(sql) == before
+    assert sql("SELECT count(*) FROM index_builds") == builds
+
+
+def test_where_another_process_builds_an_automatic_load_returns_and_warns(
+    registered, indexes, database_url, monkeypatch, caplog
+):
+    monkeypatch.setattr(bulk_load, "_AUTO_BUILDER_WAIT_S", 0.1)
+    with index_build_held(database_url):
+        assert registered.batch_upsert(documents(MANY)).inserted == MANY
+    [told] = [r for r in caplog.records if r.msg == "vector_index.missing"]
+    assert (told.levelname, told.indexes, told.remedy) == ("WARNING", list(INDEXES), "run 'vectorkeep maintain'")
+    assert "index_build is locked by process" in told.reason
+    assert indexes() == {}
+    registered.maintain()
     assert indexes() == INDEXES
+
+
+def endless():
+    for n in itertools.count():
+        yield {"id": f"d{n}", "text": f"text {n}", "embedding": np.full(8, n + 1.0)}
+
+
+@pytest.mark.parametrize("bound", [("AUTO_MAX_INPUTS", 25), ("AUTO_MAX_S", 0)])
+def test_an_automatic_load_ends_at_a_bound_and_goes_on_beside_the_index(
+    registered, indexes, monkeypatch, bound, caplog
+):
+    monkeypatch.setattr(bulk_load, *bound)
+    caplog.set_level(logging.INFO, logger="vectorkeep")
+    during = []
+    registered.batch_upsert(
+        itertools.islice(endless(), 50), batch_size=10, on_progress=lambda *_: during.append(indexes())
+    )
+    loaded = 2 if bound[0] == "AUTO_MAX_INPUTS" else 0
+    assert during == [{}] * loaded + [INDEXES] * (5 - loaded)
+    assert caplog.messages.count("bulk_load.ended_early") == 1
+    assert registered.get_statistics().documents == 50
+
+
+def test_several_calls_and_embed_batch_end_at_the_bound_too(registered, indexes, monkeypatch):
+    monkeypatch.setattr(bulk_load, "AUTO_MAX_INPUTS", 25)
+    with registered.bulk_load(only_into_empty=True):
+        found = []
+        for prefix in "abcd":
+            items = [db.Item(f"{prefix}{n}", f"{prefix} {n}") for n in range(10)]
+            registered.embed_batch(items, embedder=EMBEDDER)
+            found.append(indexes())
+        assert found == [{}, {}, INDEXES, INDEXES]
+
+
+def test_a_load_of_a_known_number_is_not_cut_short(registered, indexes, monkeypatch):
+    monkeypatch.setattr(bulk_load, "AUTO_MAX_INPUTS", 10)
+    during = []
+    registered.batch_upsert(documents(MANY), batch_size=500, on_progress=lambda *_: during.append(indexes()))
+    assert during == [{}, {}]
 
 
 def test_a_table_that_was_filled_just_before_the_load_keeps_its_index(
