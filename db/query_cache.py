@@ -245,8 +245,16 @@ class QueryCache:
         return None, None
 
     def _begin_generation(self, name: str) -> str:
+        """The generation that is there now, a new one where there is none.
+
+        In two commands: SET takes NX and GET together from Redis 7.0 on. One that changed in between is the newer one;
+        where it is gone already, the answer goes by a token that nobody else has, and is never found.
+        """
         token = secrets.token_hex(8)
-        present = self.client.set(name, token, ex=2 * self._ttl_s, nx=True, get=True)
+        pipeline = self.client.pipeline(transaction=False)
+        pipeline.set(name, token, ex=2 * self._ttl_s, nx=True)
+        pipeline.mget([name])  # not GET: users of Redis were given the rights of docs/roles.md
+        _, [present] = pipeline.execute()
         return _token(present) if isinstance(present, bytes) else token
 
 

@@ -1,5 +1,6 @@
 """The strict cache: an answer is served again until a write it depends on is committed, and never after."""
 
+import itertools
 import json
 import multiprocessing
 import threading
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import redis
 from sqlalchemy import text
 
 import db
@@ -337,3 +339,31 @@ def test_another_vector_k_or_level_is_another_answer(store):
         assert not store.search(QUERY, **asked).cached
     assert not store.search(rng.random(8), 5).cached
     assert store.search(np.array(QUERY, dtype=np.float32), 5).cached
+
+
+def test_what_is_asked_of_redis_is_what_redis_6_understands(store, redis_url):
+    """It refuses SET with NX and GET together, and a cache that is refused its generations keeps nothing."""
+    fill(store)
+    with redis.Redis.from_url(redis_url) as client, client.monitor() as monitor:
+        client.flushdb()
+        assert [search(store).cached for _ in range(2)] == [False, True]
+        client.echo("end")
+        asked = list(itertools.takewhile(lambda command: "ECHO end" not in command, commands(monitor)))
+    sets = [command.upper().split() for command in asked if command.startswith("SET ")]
+    assert any("NX" in words for words in sets)
+    assert not [words for words in sets if {"NX", "GET"} <= set(words)]
+
+
+def commands(monitor):
+    while True:
+        yield monitor.next_command()["command"]
+
+
+def test_a_generation_that_another_began_meanwhile_is_that_of_both(store, redis_url):
+    fill(store)
+    cache, name = store._parts.cache, "vectorkeep:test:generation"
+    first = cache._begin_generation(name)
+    assert cache._begin_generation(name) == first
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.get(name) == first.encode()
+        assert 0 < client.ttl(name) <= 2 * store.settings.cache_ttl_s
