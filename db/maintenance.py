@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 
 import psycopg
+from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from .embedding_model import Model
@@ -13,6 +14,7 @@ from .engine import BACKGROUND_WAIT_S, Database
 from .errors import BusyError, VectorKeepError, translated
 from .index_health import inspect_indexes
 from .locks import Purpose, advisory_lock
+from .role_facts import OWNS_TABLES
 from .types import IndexReport, MaintenanceResult
 from .upkeep import cleanup, compaction, indexes
 from .upkeep.run import MaintenancePlan, Run
@@ -26,16 +28,18 @@ __all__ = ["MaintenancePlan", "before_close", "maintain"]
 _TIDY_WAIT_MS = 2000
 
 # A store is not maintained by itself before its model has been there for as long, nor by who may not record it.
+# Whoever does not own the tables may have to leave what is due to the owner, for whom it stays due: its own runs, good
+# or not, keep it and its like from trying again at every close.
 # The state of another role's session is NULL to a role without pg_read_all_stats: such a session counts as busy.
-_IS_DUE = """
-    SELECT greatest((SELECT max(finished_at) FROM maintenance_runs WHERE success),
+_IS_DUE = sql.SQL("""
+    SELECT greatest((SELECT max(finished_at) FROM maintenance_runs WHERE success OR NOT {owns_tables}),
                     (SELECT min(created_at) FROM embedding_models)) < now() - make_interval(secs => %s)
            AND has_table_privilege('maintenance_runs', 'INSERT')
            AND NOT EXISTS (SELECT FROM pg_stat_activity
                            WHERE datname = current_database() AND pid <> pg_backend_pid()
                              AND (backend_type = 'client backend' OR backend_type IS NULL AND usesysid IS NOT NULL)
                              AND state IS DISTINCT FROM 'idle')
-"""
+""").format(owns_tables=OWNS_TABLES)
 _RECORD_RUN = """
     INSERT INTO maintenance_runs (operation, success, details, started_at)
     VALUES ('maintain', %s, %s, now() - make_interval(secs => %s))
@@ -138,14 +142,17 @@ def _tidy(run: Run) -> None:
 
 
 def _record(run: Run) -> None:
-    """Keep what became of the steps, also of a run that was stopped. One that did nothing leaves no record."""
+    """Keep what became of the steps, also of a run that was stopped. One that did nothing leaves no record.
+
+    A run that was not permitted what is due is no success: somebody else has to do it.
+    """
     if run.plan.dry_run:
         return
     outcomes = {step.name: step.outcome for step in run.steps}
     if outcomes and set(outcomes.values()) == {"not reached"}:
         run.note("record the run", "not reached", "nothing was done")
         return
-    success = not {"failed", "not reached"} & set(outcomes.values())
+    success = not {"failed", "not permitted", "not reached"} & set(outcomes.values())
     try:
         run.connection.execute(_RECORD_RUN, (success, Jsonb(outcomes), run.duration_s))
         run.note("record the run", "done", "recorded")

@@ -10,7 +10,10 @@ from .base import Examination, Found, Needs, age, check, ok, warn
 _LAST_RUNS = """
     SELECT extract(epoch FROM now() - max(finished_at) FILTER (WHERE success))::float8,
            extract(epoch FROM now() - (SELECT min(created_at) FROM embedding_models))::float8,
-           (SELECT details::text FROM maintenance_runs WHERE NOT success ORDER BY finished_at DESC LIMIT 1)
+           (SELECT string_agg(step || ' ' || outcome, ', ' ORDER BY step)
+            FROM (SELECT success, details FROM maintenance_runs WHERE operation = 'maintain'
+                  ORDER BY finished_at DESC LIMIT 1) AS last, jsonb_each_text(details) AS steps (step, outcome)
+            WHERE NOT success AND outcome NOT IN ('done', 'skipped'))
     FROM maintenance_runs WHERE operation = 'maintain'
 """
 
@@ -23,12 +26,12 @@ _END_PAUSE = "DELETE FROM ingestion_pause WHERE paused_at = %s"
 def maintenance(examination: Examination) -> Iterator[Found]:
     [(last_s, store_s, failed)] = examination.rows(_LAST_RUNS)
     limit_s = examination.limits.maintenance_days * 86_400
-    remedy = "vectorkeep maintain, daily from cron"
+    remedy = "vectorkeep maintain, daily from cron, as the owner of the tables"
+    tried = f"; the last try: {failed}" if failed else ""
     if last_s is not None:
-        found = f"ended well {age(last_s)} ago"
+        found = f"ended well {age(last_s)} ago{tried}"
         yield warn(found, remedy) if last_s > limit_s else ok(found)
     elif (store_s or 0) > limit_s:
-        tried = f"; the last try: {failed}" if failed else ""
         yield warn(f"never ended well on this store, which is {age(store_s)} old{tried}", remedy)
     else:
         yield ok("not due yet: the store is young")

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psycopg
+from psycopg import sql
 
 from ..health_rules import BLOAT_DEGRADED
 from ..index_facts import build_progress
 from ..index_health import inspect_indexes
 from ..locks import Purpose, is_held
+from ..role_facts import OWNS_TABLES
 from ..tuning import tune_ef_search, tuning_due
 from ..types import BuildProgress, IndexReport
 from ..vector_index import INDEXED_TABLES, ensure_vector_indexes, rebuild_vector_index
@@ -22,11 +24,6 @@ _UNREACHABLE_SHARE = 0.02
 _TELL_EVERY_S = 1.0
 _TUNING_S = 300.0
 _BUILDER_WAIT_S = 5.0
-
-_OWNS_TABLES = """
-    SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
-    WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass)
-"""
 
 
 def build_missing(run: Run) -> str:
@@ -107,7 +104,7 @@ def _builder_wait_s(run: Run) -> float:
 
 
 def _require_owner(run: Run, what: str) -> None:
-    [(owner,)] = run.connection.execute(_OWNS_TABLES).fetchall()
+    [(owner,)] = run.connection.execute(sql.SQL("SELECT {}").format(OWNS_TABLES)).fetchall()
     if not owner:
         raise NotPermitted(f"only the tables' owner may {what}")
 

@@ -11,7 +11,8 @@ from db import BusyError, ClosedError, MaintenanceIncomplete, ValidationError
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
 from db.rebuild import RebuildPlan, rebuild
-from tests.integration.examining import plain_owner
+from tests.integration.examining import Examiner, plain_owner
+from tests.integration.roles_of import roles_of
 
 VECTOR = [1.0, *[0.0] * 7]
 
@@ -361,6 +362,25 @@ def test_closing_leaves_a_database_alone_in_which_it_cannot_see_what_another_rol
         assert sql(RUNS) == [(0,)]
         db.connect(url, False).close(maintain=True)
         assert sql(RUNS) == [(1,)]
+
+
+@pytest.mark.usefixtures("due")
+def test_what_a_role_may_not_do_stays_due_for_the_owner_and_is_not_tried_at_every_close(database_url, sql):
+    sql("DROP INDEX chunks_vector_idx")
+    with roles_of(database_url) as roles:
+        roles.make()
+        worker = roles.login("worker", "app")
+        roles.admin.execute(f"GRANT pg_read_all_stats TO {roles.prefix}_worker_login")
+        for _ in range(2):
+            db.connect(worker, False).close()
+            assert sql("SELECT success, details ->> 'build missing indexes' FROM maintenance_runs") == [
+                (False, "not permitted")
+            ]
+        found = Examiner(database_url).one("maintenance", maintenance_days=5)
+        assert (found.status, "the last try: build missing indexes not permitted" in found.evidence) == ("warn", True)
+        db.connect(database_url, False).close()
+        assert sql("SELECT success FROM maintenance_runs ORDER BY id") == [(False,), (True,)]
+        assert sql("SELECT to_regclass('chunks_vector_idx') IS NOT NULL") == [(True,)]
 
 
 @pytest.mark.usefixtures("due")
