@@ -36,6 +36,8 @@ _LADDER = (10, 15, 20, 30, 40, 50, 60, 80, 100, 125, 160, 200, 250, 320, 400, 50
 _ROUNDING = 1e-6
 # The share of the time that the comparison itself may take; the rest is for other values of ef_search.
 _COMPARING = 0.7
+# Where searches of so many questions would compare all rows anyway, those of the others would, too.
+_ENOUGH_WITHOUT_INDEX = 10
 
 _APPROXIMATE_INDEXES = """
     SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid JOIN pg_am ON pg_am.oid = relam
@@ -71,6 +73,7 @@ class _Trial:
     reach: float
     possible: int
     found: int
+    index_planned: bool
     by_index: bool
     indexed_ms: float
     exact_ms: float
@@ -148,6 +151,8 @@ class _Measurement:
                 trial = self._try(question)
             if trial.possible:
                 self.trials.append(trial)
+            if len(self.trials) == _ENOUGH_WITHOUT_INDEX and not any(trial.index_planned for trial in self.trials):
+                break  # two exact answers each: more of them tell nothing
             if self.request.on_progress is not None:
                 self.request.on_progress(number + 1, len(asked))
         if not self.trials:
@@ -158,9 +163,10 @@ class _Measurement:
         query = self._query(question, self.request.ef_search)
         planned = self.searcher.indexes_planned(self.connection, query, self.model)
         indexed, indexed_ms = self._timed(query)
-        by_index = self.index in planned and not indexed.exact
+        index_planned = self.index in planned
+        by_index = index_planned and not indexed.exact
         # One that was planned by index and compared all rows in the end: the index brought too few of them.
-        ran_dry = self.index in planned and indexed.exact and self.request.filter == Filter()
+        ran_dry = index_planned and indexed.exact and self.request.filter == Filter()
         looked_up = question.row_id is not None and (by_index or ran_dry)
         reached = self._reaches_itself(question) if looked_up else None
         exact, exact_ms = self._exactly(query)
@@ -172,6 +178,7 @@ class _Measurement:
             reach=reach,
             possible=len(exact),
             found=sum(hit.distance <= reach for hit in indexed),
+            index_planned=index_planned,
             by_index=by_index,
             indexed_ms=indexed_ms,
             exact_ms=exact_ms,

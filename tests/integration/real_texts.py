@@ -22,11 +22,15 @@ def vectors(count):
     return np.unique(made, axis=0)
 
 
-def nearest(stored, query, k, *, without=None):
-    """The distance of the `k`-th nearest by cosine, and all distances, computed in float64."""
+def scaled(stored):
+    """`stored` in float64, scaled to length 1."""
     unit = stored.astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    distances = 1 - unit @ (query.astype(np.float64) / np.linalg.norm(query.astype(np.float64)))
+    return unit / np.linalg.norm(unit, axis=1, keepdims=True)
+
+
+def nearest(unit, query, k, *, without=None):
+    """The distance of the `k`-th nearest by cosine, and all distances; `unit` is what `scaled` gave."""
+    distances = 1 - unit @ scaled(query[np.newaxis])[0]
     if without is not None:
         distances[without] = np.inf
     return np.partition(distances, k - 1)[k - 1], distances
