@@ -54,7 +54,10 @@ class HashedItem:
 
 @dataclass(slots=True)
 class PreparedDocument(HashedItem):
-    """A document as the tables hold it. `chunks` None, `vector_given` False: what is stored stays."""
+    """A document as the tables hold it. `chunks` None, `vector_given` False: what is stored stays.
+
+    vector_of_other_text: the vector was given with an earlier text. It stays, but is no model's vector of this one.
+    """
 
     vector_given: bool
     vector: bytes | None
@@ -63,10 +66,12 @@ class PreparedDocument(HashedItem):
     chunks_hash: bytes | None
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    vector_of_other_text: bool = False
 
     def follow(self, earlier: "PreparedDocument") -> None:
         """Take the place of an `earlier` version: parts that are absent here stay, as if that one were stored."""
         if not self.vector_given:
+            self.vector_of_other_text = earlier.vector_of_other_text or earlier.text_hash != self.text_hash
             self.vector_given = earlier.vector_given
             self.vector, self.vector_hash = earlier.vector, earlier.vector_hash
         if self.chunks is None:

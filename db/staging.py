@@ -132,7 +132,7 @@ def _document_rows(
                 d.content_hash,
                 _bytes(d.vector_hash),
                 _bytes(d.chunks_hash),
-                _NULL if d.vector is None else model,
+                _NULL if d.vector is None or d.vector_of_other_text else model,
                 _bytes(d.vector),
                 _jsonb(d.metadata),
                 created if d.created_at is None else _time(d.created_at),

@@ -126,6 +126,30 @@ def test_a_text_that_became_shorter_leaves_no_chunk_behind(embedding_store, sql)
 # -- the same id again ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batch_size", [1, 50])
+@pytest.mark.parametrize("is_stored", [False, True], ids=["new", "stored"])
+@pytest.mark.parametrize("texts", [["old", "new"], ["old", "other", "old"]], ids="-".join)
+def test_a_vector_given_with_another_text_is_not_taken_for_the_texts_own(
+    embedding_store, sql, batch_size, is_stored, texts
+):
+    if is_stored:
+        embedding_store.batch_upsert([{"id": "a", "text": "stored", "embedding": vector_of("stored")}])
+    versions = [{"id": "a", "text": text} for text in texts]
+    versions[0]["embedding"] = vector_of("given")
+    embedding_store.batch_upsert(versions, batch_size=batch_size)
+    assert sql("SELECT text, model_id FROM embeddings") == [(texts[-1], None)]
+    assert embedding_store.get(["a"])[0].embedding.tobytes() == vector_of("given").tobytes()
+    assert counts(embedding_store.embed_batch(versions[-1:], batch_size=batch_size)) == {"updated": 1, "embedded": 1}
+    assert embedding_store.get(["a"])[0].embedding.tobytes() == vector_of(texts[-1]).tobytes()
+
+
+@pytest.mark.parametrize("batch_size", [1, 50])
+def test_a_vector_given_with_the_same_text_stays_its_own(embedding_store, sql, batch_size):
+    versions = [{"id": "a", "text": "x", "embedding": vector_of("x")}, {"id": "a", "text": "x", "metadata": {"n": 1}}]
+    embedding_store.batch_upsert(versions, batch_size=batch_size)
+    assert sql("SELECT text, model_id FROM embeddings") == [("x", "counting")]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 50])
 def test_the_last_one_of_an_id_wins_also_where_the_write_before_is_still_pending(embedding_store, sql, batch_size):
     versions = [{"id": f"{n % 2}", "text": f"version {n}", "metadata": {"v": n}} for n in range(12)]
