@@ -12,7 +12,7 @@ from psycopg import errors as pg
 
 from . import faults
 from .engine import Database
-from .transactions import LoggedWrite, WriteTransaction, run_write
+from .transactions import LoggedWrite, WriteTransaction, retried, run_write, unlimited_reading
 from .types import CleanupResult, Progress
 from .vacuum import vacuum
 
@@ -33,10 +33,11 @@ _ORPHANED_EMBEDDING = sql.SQL("""
 _CONDITIONS = {"chunks": _ORPHANED_CHUNK, "embeddings": _ORPHANED_EMBEDDING}
 
 _COUNT = sql.SQL("SELECT count(*) FROM {table} WHERE {orphaned}")
-# Each batch goes on after the last one's ids: the tables are walked once, not once a batch.
+# Each batch goes on after the last one's ids: the tables are walked once, not once a batch, and outside of any write:
+# a walk may take long, and whoever must keep writers out would wait for it.
+_FIND_BATCH = sql.SQL("SELECT id FROM {table} WHERE id > %(after)s AND {orphaned} ORDER BY id LIMIT %(batch_size)s")
 _LOCK_BATCH = sql.SQL("""
-    SELECT id FROM {table} WHERE id > %(after)s AND {orphaned}
-    ORDER BY id LIMIT %(batch_size)s FOR UPDATE SKIP LOCKED
+    SELECT id FROM {table} WHERE id = ANY(%(ids)s) AND {orphaned} ORDER BY id FOR UPDATE SKIP LOCKED
 """)
 # Asked again under the lock: what another writer has mended meanwhile stays.
 _DELETE_BATCH = sql.SQL("""
@@ -57,7 +58,7 @@ def count_orphans(connection: Connection[Any], table: str, min_age: timedelta | 
 
 def report_orphans(database: Database, min_age: timedelta | None) -> CleanupResult:
     """What a cleanup would remove."""
-    with database.connection() as connection:
+    with unlimited_reading(database) as connection:
         chunks = count_orphans(connection, "chunks", min_age)
         embeddings = count_orphans(connection, "embeddings", min_age)
     details = [
@@ -106,34 +107,44 @@ def _remove_batches(
     after_commit: Callable[[LoggedWrite], None],
 ) -> Iterator[int]:
     """Remove the orphans of `table` batch by batch; yields how many each transaction removed."""
-    after: str | None = ""
-    while after is not None:
-        last = after
+    after = ""
+    while ids := _find_batch(database, table, after, batch_size, min_age):
 
-        def remove(transaction: WriteTransaction, last: str = last) -> tuple[int, str | None]:
-            return _remove_batch(transaction, table, last, batch_size, min_age)
+        def remove(transaction: WriteTransaction, ids: list[str] = ids) -> int:
+            return _remove_batch(transaction, table, ids, min_age)
 
-        count, after = run_write(database, remove, after_commit=after_commit)
-        yield count
+        yield run_write(database, remove, after_commit=after_commit, unlimited=True)
+        if len(ids) < batch_size:
+            return
+        after = ids[-1]
 
 
-def _remove_batch(
-    transaction: WriteTransaction, table: str, after: str, batch_size: int, min_age: timedelta | None
-) -> tuple[int, str | None]:
-    """Remove one batch of orphans after id `after`. Returns the count, and the last id or None at the end."""
-    parts = {"table": sql.Identifier(table), "orphaned": _CONDITIONS[table]}
+def _find_batch(database: Database, table: str, after: str, batch_size: int, min_age: timedelta | None) -> list[str]:
+    """The ids of the next orphans after id `after`, in order."""
+    statement = _FIND_BATCH.format(table=sql.Identifier(table), orphaned=_CONDITIONS[table])
     values = {"after": after, "batch_size": batch_size, "min_age": min_age}
-    locked = transaction.cursor.execute(_LOCK_BATCH.format(**parts), values).fetchall()
-    ids = [row[0] for row in locked]
-    if not ids:
-        return 0, None
-    gone = transaction.cursor.execute(_DELETE_BATCH.format(**parts), {"ids": ids, "min_age": min_age}).fetchall()
+
+    def find() -> list[str]:
+        with unlimited_reading(database) as connection:
+            return [row[0] for row in connection.execute(statement, values)]
+
+    return retried(find)
+
+
+def _remove_batch(transaction: WriteTransaction, table: str, ids: list[str], min_age: timedelta | None) -> int:
+    """Remove those of `ids` that are orphans still, and that nobody else has in hand. Returns how many."""
+    parts = {"table": sql.Identifier(table), "orphaned": _CONDITIONS[table]}
+    values: dict[str, Any] = {"ids": ids, "min_age": min_age}
+    values["ids"] = [row[0] for row in transaction.cursor.execute(_LOCK_BATCH.format(**parts), values)]
+    if not values["ids"]:
+        return 0
+    gone = transaction.cursor.execute(_DELETE_BATCH.format(**parts), values).fetchall()
     faults.point("cleanup.removed")
     # Else this session may report the dead rows after VACUUM has reported that there are none.
     transaction.cursor.execute("SELECT pg_stat_force_next_flush()")
     for source_id, workspace in gone:
         transaction.touch(source_id, workspace)
-    return len(gone), ids[-1] if len(ids) == batch_size else None
+    return len(gone)
 
 
 def _size(connection: Connection[Any]) -> int:

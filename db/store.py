@@ -303,7 +303,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
             )
 
     def _delete(self, operation: Operation, work: Callable[[Any], DeleteResult]) -> DeleteResult:
-        result = run_write(self._parts.database, work, after_commit=self._parts.after_commit)
+        result = run_write(self._parts.database, work, after_commit=self._parts.after_commit, unlimited=True)
         operation.counts = {"deleted": result.deleted, "chunks_removed": result.chunks_removed}
         return result
 

@@ -132,7 +132,9 @@ class SourceSync:
         def delete(transaction: WriteTransaction) -> int:
             return delete_ids(transaction, self._still_there(transaction.cursor, ids)).deleted
 
-        return run_write(self._ingestion.database, delete, after_commit=self._ingestion.after_commit) if ids else 0
+        if not ids:
+            return 0
+        return run_write(self._ingestion.database, delete, after_commit=self._ingestion.after_commit, unlimited=True)
 
     def _still_there(self, cursor: Cursor[Any], ids: list[str]) -> list[str]:
         """Those of `ids` that did not move to another source meanwhile."""

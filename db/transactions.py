@@ -41,6 +41,7 @@ _LOCK_WRITERS = sql.SQL("""
     SELECT EXISTS (SELECT FROM ingestion_pause), model_id, dimensions, distance
     FROM (SELECT) AS one LEFT JOIN embedding_models ON active
 """)
+_UNLIMITED = "SET LOCAL statement_timeout = 0"
 _LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
 _IS_RUNNING = "SELECT pg_xact_status(%s::xid8) IS NOT DISTINCT FROM 'in progress'"
 _IS_LOGGED = "SELECT EXISTS (SELECT FROM write_log WHERE id = %s AND xid = %s::xid8)"
@@ -113,21 +114,34 @@ def retried(work: Callable[[], R]) -> R:
 
 
 def run_write(
-    database: Database, work: Callable[[WriteTransaction], T], *, after_commit: Callable[[LoggedWrite], None]
+    database: Database,
+    work: Callable[[WriteTransaction], T],
+    *,
+    after_commit: Callable[[LoggedWrite], None],
+    unlimited: bool = False,
 ) -> T:
     """Run `work` in one transaction and return what it returned, for certain committed.
 
     `work` may run several times and must have no effect outside its transaction. `after_commit` is called
-    once, with the logged write, where anything was touched.
+    once, with the logged write, where anything was touched. `unlimited`: its statements may take any time, where
+    nobody can tell how many rows there are; for locks it waits no longer than any other.
 
     Raises PausedError while ingestion is paused; with the setting `on_pause` "wait", once `pause_wait_s` are over.
     """
-    outcome, logged = waiting_for_resume(lambda: retried(lambda: _run_once(database, work)), database)
+    outcome, logged = waiting_for_resume(lambda: retried(lambda: _run_once(database, work, unlimited)), database)
     if logged is not None:
         faults.point("write.committed")
         after_commit(logged)
         faults.point("write.told")
     return outcome
+
+
+@contextmanager
+def unlimited_reading(database: Database) -> Iterator[Connection[Any]]:
+    """A pooled connection whose statements may take any time, in a transaction that takes no writers' lock."""
+    with database.connection() as connection, connection.transaction():
+        connection.execute(_UNLIMITED)
+        yield connection
 
 
 @contextmanager
@@ -180,9 +194,11 @@ def _is_paused(database: Database) -> bool:
         return current_pause(connection) is not None
 
 
-def _run_once(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
+def _run_once(
+    database: Database, work: Callable[[WriteTransaction], T], unlimited: bool
+) -> tuple[T, LoggedWrite | None]:
     try:
-        return _transact(database, work)
+        return _transact(database, work, unlimited)
     except _CommitUnknown as exc:
         if _committed(database, exc.attempt):
             logger.info("write.commit_confirmed", extra={"xid": exc.attempt.xid})
@@ -211,12 +227,16 @@ def _lock_writers(cursor: Cursor[Any], database: Database) -> None:
         database.model.require_active(Model(*active) if active[0] is not None else None)
 
 
-def _transact(database: Database, work: Callable[[WriteTransaction], T]) -> tuple[T, LoggedWrite | None]:
+def _transact(
+    database: Database, work: Callable[[WriteTransaction], T], unlimited: bool
+) -> tuple[T, LoggedWrite | None]:
     with database.connection() as connection:
         attempt: _Attempt | None = None
         try:
             with connection.transaction(), connection.cursor() as cursor:
                 _lock_writers(cursor, database)
+                if unlimited:
+                    cursor.execute(_UNLIMITED)
                 transaction = WriteTransaction(cursor)
                 outcome = work(transaction)
                 if not transaction.wrote:

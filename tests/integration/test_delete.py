@@ -2,8 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
+import db
 from db import DeleteResult, ValidationError
 
 CHUNKS = [{"text": "one"}, {"text": "two"}]
@@ -96,6 +98,32 @@ def test_a_document_that_moved_away_meanwhile_is_not_deleted(filled, sql, admin,
             )
         assert deletion.result().deleted == 1
     assert sql("SELECT id FROM embeddings ORDER BY id") == [("b",), ("c",)]
+
+
+@pytest.fixture
+def hurried(database_url, filled, sql):
+    """The store with a time limit that no deletion of a document keeps."""
+    sql("CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.4); RETURN OLD; END $$")
+    sql("CREATE TRIGGER slow BEFORE DELETE ON embeddings FOR EACH ROW EXECUTE FUNCTION slow()")
+    with db.connect(database_url, False, statement_timeout_s=0.3) as store:
+        yield store
+
+
+@pytest.mark.parametrize("cascade", [True, False])
+def test_a_source_however_large_can_be_deleted(hurried, cascade):
+    assert hurried.delete_by_source_id("s", cascade=cascade).deleted == 2
+
+
+def test_a_sync_may_delete_for_longer_than_a_statement_may_take(hurried):
+    embedder = db.CallableEmbedder(lambda texts: np.ones((len(texts), 8)), "m", 8)
+    assert hurried.sync([], source_id="s", embedder=embedder, allow_empty=True).deleted == 2
+
+
+def test_a_deletion_waits_for_a_lock_no_longer_than_any_write(hurried, admin):
+    with admin.transaction():
+        admin.execute("SELECT FROM embeddings WHERE id = 'a' FOR UPDATE")
+        with pytest.raises(db.UnavailableError, match="another session holds rows"):
+            hurried.delete_by_source_id("s")
 
 
 @pytest.mark.parametrize("ids", ["abc", [""], [None], ["x" * 1025], ["\0"]])

@@ -3,7 +3,11 @@
 import threading
 from datetime import UTC, datetime, timedelta
 
+import psycopg
 import pytest
+
+import db
+from db import orphans
 
 VECTOR = [1.0, *[0.0] * 7]
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -52,6 +56,25 @@ def every_kind(store):
         ]
     )
     store.delete_by_source_id("s", cascade=False)
+
+
+def test_no_walk_of_a_table_is_cut_off_or_keeps_the_writers_lock(database_url, store, sql, monkeypatch):
+    every_kind(store)
+    sql("""
+        CREATE FUNCTION examined(id text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
+            PERFORM pg_sleep(0.1);
+            IF id = 'vector' AND EXISTS (
+                SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory') THEN
+                RAISE 'a document that is no orphan is looked at while the lock is held';
+            END IF;
+            RETURN true;
+        END $$
+    """)
+    slow = psycopg.sql.SQL("examined(embeddings.id) AND ") + orphans._ORPHANED_EMBEDDING
+    monkeypatch.setitem(orphans._CONDITIONS, "embeddings", slow)
+    with db.connect(database_url, False, statement_timeout_s=0.15) as hurried:
+        assert hurried.cleanup_orphaned(dry_run=True).orphaned_embeddings == 2
+        assert hurried.cleanup_orphaned().orphaned_embeddings == 2
 
 
 def test_exactly_the_orphans_are_removed(store, sql):
