@@ -207,22 +207,28 @@ def redacted(url: str) -> str:
     return urlunsplit((split.scheme, netloc, split.path, "", ""))
 
 
+def pool_session(settings: Settings) -> dict[str, str]:
+    """What a session of a store's pool is to have set, as pg_settings shows it: times in milliseconds."""
+    return {
+        "statement_timeout": str(int(settings.statement_timeout_s * 1000)),
+        "idle_in_transaction_session_timeout": str(int(settings.idle_in_transaction_timeout_s * 1000)),
+        # A generic plan made while a table was empty, or for any source alike, is kept and reads everything.
+        "plan_cache_mode": "force_custom_plan",
+    }
+
+
 def session_conninfo(url: str, settings: Settings, *, maintenance: bool = False) -> str:
     """Connection string of one session: its timeouts and name set, off for maintenance.
 
     A statement timeout in maintenance would leave an invalid index behind, so there is none there.
     """
-    statement_ms = 0 if maintenance else int(settings.statement_timeout_s * 1000)
-    idle_ms = 0 if maintenance else int(settings.idle_in_transaction_timeout_s * 1000)
+    given = pool_session(settings)
+    if maintenance:
+        given |= {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
     parts = conninfo_to_dict(url)
     options = [str(parts["options"])] if parts.get("options") else []
-    options += [
-        f"-c statement_timeout={statement_ms}",
-        f"-c idle_in_transaction_session_timeout={idle_ms}",
-        "-c client_min_messages=warning",
-        # A generic plan made while a table was empty, or for any source alike, is kept and reads everything.
-        "-c plan_cache_mode=force_custom_plan",
-    ]
+    options += [f"-c {name}={value}" for name, value in given.items()]
+    options.append("-c client_min_messages=warning")
     parts.setdefault("application_name", "vectorkeep maintenance" if maintenance else "vectorkeep")
     parts.setdefault("connect_timeout", max(2, round(settings.connect_timeout_s)))
     return make_conninfo("", **{**parts, "options": " ".join(options)})

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+import psycopg
+
+from ..config import pool_session, session_conninfo
 from ..engine import MIN_PGVECTOR, MIN_POSTGRES
 from ..errors import VectorKeepError
 from .base import Examination, Found, Needs, age, check, fail, ok, warn
@@ -15,6 +18,7 @@ PGVECTOR_DEFECTS = {
 _UPDATE_EXTENSION = "psql -c 'ALTER EXTENSION vector UPDATE'"
 _WRAPAROUND_FAIL = 1_500_000_000  # of 2.1 billion: from here on the server begins to warn by itself
 _SETTINGS = "SELECT name, setting FROM pg_settings WHERE name = ANY(%s)"
+_PERSON = "SELECT quote_ident(session_user), quote_ident(current_database())"
 _DURABILITY = ("fsync", "full_page_writes", "synchronous_commit", "data_checksums")
 
 
@@ -167,6 +171,30 @@ def pool(examination: Examination) -> Iterator[Found]:
         yield warn(f"{times} calls in the last day got no connection of their pool, the last at {last}", _LARGER_POOL)
 
 
+@check(
+    "session settings",
+    Needs.SERVER,
+    "sessions have the timeouts and the plan_cache_mode that the settings say, behind a pooler too",
+    fine="sessions have the timeouts and the plan_cache_mode of the settings",
+)
+def session_settings(examination: Examination) -> Iterator[Found]:
+    wanted = pool_session(examination.settings)
+    try:
+        with psycopg.connect(session_conninfo(examination.database.url, examination.settings)) as connection:
+            seen: dict[str, str] = dict(connection.execute(_SETTINGS, (list(wanted),)).fetchall())
+            [(role, database)] = connection.execute(_PERSON).fetchall()
+    except psycopg.OperationalError as exc:
+        yield warn(f"could not look: {' '.join(str(exc).split())}", "see the check 'connections'")
+        return
+    if other := {name: value for name, value in wanted.items() if seen.get(name) != value}:
+        alter = "; ".join(f"ALTER ROLE {role} IN DATABASE {database} SET {name} = '{other[name]}'" for name in other)
+        yield warn(
+            f"a pooler, such as PgBouncer with ignore_startup_parameters = options, keeps these from the server: "
+            f"{', '.join(f'{name} is {seen.get(name)}, expected {value}' for name, value in other.items())}",
+            f'psql -c "{alter}", then make the pooler connect anew',
+        )
+
+
 @check("wraparound", Needs.SERVER, "transaction ids are far from running out")
 def wraparound(examination: Examination) -> Iterator[Found]:
     [(xids, multixacts, limit)] = examination.rows("""
@@ -189,5 +217,5 @@ def judge_wraparound(oldest: int, freeze_max_age: int) -> Found:
     return ok(evidence)
 
 
-CHECKS = (server, pgvector, durability, connections, wraparound)
+CHECKS = (server, pgvector, durability, connections, session_settings, wraparound)
 SCHEMA_CHECKS = (pool,)

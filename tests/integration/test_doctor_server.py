@@ -1,16 +1,19 @@
 """What the doctor finds on a server: sessions in the way, what keeps vacuum from its work, unsafe settings."""
 
+import re
 import threading
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 import db
 from db import migrate
 from db.checks.base import Examination, Limits
 from db.checks.sessions import idle_transactions
+from db.config import session_conninfo
 from db.locks import LOCK_CLASS, Purpose
-from tests.integration.examining import Examiner, own_server
+from tests.integration.examining import Examiner, own_server, plain_owner
 
 OURS = {"application_name": "vectorkeep", "autocommit": False}
 
@@ -213,3 +216,33 @@ def test_an_older_extension_is_told(careless):
     assert found.status == "fail"
     assert all(word in found.evidence for word in ("overflow", "corrupt", "unrepaired"))
     assert "ALTER EXTENSION vector UPDATE" in found.remedy
+
+
+# -- behind a pooler -----------------------------------------------------------------------------------------
+
+
+def without_options(url, settings, *, maintenance=False):
+    """As PgBouncer passes it on with ignore_startup_parameters = options."""
+    return make_conninfo(session_conninfo(url, settings, maintenance=maintenance), options="")
+
+
+def test_timeouts_that_a_pooler_swallows_are_told_and_a_role_that_has_them_is_well(database_url, monkeypatch):
+    with plain_owner(database_url) as url:
+        examine = Examiner(url, statement_timeout_s=1.5)
+        assert examine.one("session settings").status == "ok"
+        monkeypatch.setattr("db.checks.server.session_conninfo", without_options)
+        found = examine.one("session settings")
+        assert found.status == "warn"
+        for seen in (
+            "statement_timeout is 0, expected 1500",
+            "idle_in_transaction_session_timeout is 0, expected 60000",
+            "plan_cache_mode is auto, expected force_custom_plan",
+        ):
+            assert seen in found.evidence
+        [remedy] = re.findall('psql -c "(.+)"', found.remedy)
+        with psycopg.connect(url, autocommit=True) as owner:
+            owner.execute(remedy)
+        assert examine.one("session settings").status == "ok"
+        different = Examiner(url).one("session settings")
+        assert "statement_timeout is 1500, expected 30000" in different.evidence
+        assert "idle_in_transaction" not in different.evidence
