@@ -35,8 +35,9 @@ def stale(database_url, redis_url, sql):
 
 @pytest.fixture
 def held(database_url):
-    """A transaction that a REINDEX CONCURRENTLY waits for: it is then surely in the middle."""
+    """A transaction that builds online wait for: REINDEX for its lock, CREATE INDEX for its snapshot."""
     with psycopg.connect(database_url) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.execute("SELECT count(*) FROM embeddings")
         yield connection
 
