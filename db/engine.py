@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +10,7 @@ from typing import Any, cast
 import orjson
 import psycopg
 import sqlalchemy
-from psycopg import Connection, Cursor, sql
+from psycopg import Connection, Copy, Cursor, ServerCursor, sql
 from psycopg.abc import Params, Query
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import ConnectionPool, PoolTimeout
@@ -130,16 +130,40 @@ registry.register("postgresql.vectorkeep", __name__, "_Dialect")
 
 
 class _LoggingCursor(Cursor[Any]):
-    """Logs every statement with its time (VECTORKEEP_DEBUG=1)."""
+    """Logs every statement with its time (VECTORKEEP_DEBUG=1): of a COPY, with the rows that travel in it."""
 
     def execute(self, query: Query, params: Params | None = None, **kwargs: Any) -> "_LoggingCursor":
-        started = time.perf_counter()
-        try:
+        with _logged(self, query):
             return super().execute(query, params, **kwargs)  # type: ignore[arg-type]
-        finally:
-            text = query.as_string(self) if hasattr(query, "as_string") else str(query)
-            elapsed_ms = (time.perf_counter() - started) * 1000
-            logger.debug("sql %.2f ms: %s", elapsed_ms, " ".join(text.split()))
+
+    def executemany(self, query: Query, params_seq: Iterable[Params], **kwargs: Any) -> None:
+        with _logged(self, query):
+            super().executemany(query, params_seq, **kwargs)
+
+    @contextmanager
+    def copy(self, statement: Query, params: Params | None = None, **kwargs: Any) -> Iterator[Copy]:
+        with _logged(self, statement), super().copy(statement, params, **kwargs) as copy:
+            yield copy
+
+
+class _LoggingServerCursor(ServerCursor[Any]):
+    """The same for a cursor on the server: its declaration, not the fetches."""
+
+    def execute(self, query: Query, params: Params | None = None, **kwargs: Any) -> "_LoggingServerCursor":
+        with _logged(self, query):
+            return super().execute(query, params, **kwargs)
+
+
+@contextmanager
+def _logged(cursor: Cursor[Any], query: Query) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        text = query.as_string(cursor) if isinstance(query, sql.Composable) else query
+        text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+        logger.debug("sql %.2f ms: %s", elapsed_ms, " ".join(text.split()))
 
 
 class Database:
@@ -237,6 +261,7 @@ def adapt(connection: Connection[Any], *, debug: bool = False) -> None:
     set_json_dumps(orjson.dumps, connection)
     if debug:
         connection.cursor_factory = _LoggingCursor
+        connection.server_cursor_factory = _LoggingServerCursor
 
 
 def require_versions(connection: Connection[Any]) -> None:
