@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 from psycopg import Connection
+from psycopg import errors as pg
 
 from .adopt_tables import Adoption
 from .config import Distance, Settings, libpq_url, session_conninfo
@@ -69,7 +70,9 @@ def _refused(exc: psycopg.Error, connection: Connection[Any], lock_timeout_s: fl
     def fetch(query: str) -> Sequence[Any]:
         return connection.execute(query.encode()).fetchone() or ()
 
-    if ours := explained(exc, fetch, lock_timeout_s=lock_timeout_s, blockers=blockers):
+    # In tables that nobody else can use, duplicates were there before: to try again would not help.
+    duplicate = isinstance(exc, pg.UniqueViolation)
+    if not duplicate and (ours := explained(exc, fetch, lock_timeout_s=lock_timeout_s, blockers=blockers)):
         return ours
     detail = f" ({exc.diag.message_detail})" if exc.diag.message_detail else ""
     return SchemaError(
