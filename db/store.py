@@ -190,6 +190,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         `documents` may be a generator of any length. `on_progress(processed, total)` is called after each batch,
         which ends early where its texts come to 16 Mi characters. `bulk` decides whether vector indexes are built
         after the rows, see `db.bulk_load`; only True raises BusyError, where another bulk load runs.
+
+        Raises ValidationError for a bad argument; UnavailableError, ClosedError, PausedError, SchemaError or
+        PermissionDeniedError where nothing more can be written. The batches before it are stored.
         """
         check_count("batch_size", batch_size, MAX_BATCH)
         check_bulk(bulk)
