@@ -6,13 +6,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import numpy as np
-from psycopg import Connection, sql
+from psycopg import Connection
 from psycopg import errors as pg
 
 from .embedding_model import Model
 from .filters import Filter
 from .models import vector_index_name
 from .recall_history import PastMeasurement, newest_measurement
+from .row_counts import RowCount, count_rows
 from .search import TABLE_OF, Query, Searcher
 from .types import BuildProgress, Level
 
@@ -45,7 +46,6 @@ _SERVER = """
     LEFT JOIN pg_stat_database AS database ON database.datname = current_database()
     WHERE table_class.oid = to_regclass(%(table)s)
 """
-_COUNT = sql.SQL("SELECT count(embedding), count(*) - count(embedding) FROM {}")
 _BUILT = """
     SELECT rows, size_bytes, changes, created_at FROM index_builds WHERE index_name = %(index)s ORDER BY id DESC LIMIT 1
 """
@@ -134,6 +134,7 @@ class Facts:
     duplicates: list[str]
     unindexed_keys: list[str]
     recall: PastMeasurement | None
+    estimated: bool = False  # vectors and without_vector are the server's estimate
 
     @property
     def valid(self) -> bool:
@@ -198,22 +199,22 @@ class Facts:
         return self.server.size_bytes / self.server.shared_buffers_bytes
 
 
-def gather(connection: Connection[Any], model: Model, level: Level) -> Facts:
-    """The facts of the vector index of `level`."""
+def gather(connection: Connection[Any], model: Model, level: Level, known: dict[str, RowCount]) -> Facts:
+    """The facts of the vector index of `level`. Counts of tables that are `known` are not taken again."""
     table = TABLE_OF[level]
     names = {"table": table, "index": vector_index_name(table)}
     [server] = connection.execute(_SERVER, names).fetchall()
-    [(vectors, without_vector)] = connection.execute(_COUNT.format(sql.Identifier(table))).fetchall()
+    count = count_rows(connection, table, known)
     built = _permitted(lambda: connection.execute(_BUILT, names).fetchone())
     facts = Server(*server)
-    plans = facts.valid and facts.ready and vectors > PLANNED_ROWS
+    plans = facts.valid and facts.ready and count.vectors > PLANNED_ROWS
     return Facts(
         table=table,
         index=names["index"],
         model=model,
         server=facts,
-        vectors=vectors,
-        without_vector=without_vector,
+        vectors=count.vectors,
+        without_vector=count.rows - count.vectors,
         built=Built(*built) if built else None,
         building=build_progress(connection, table),
         planned=_is_planned(connection, model, level, generic=False) if plans else None,
@@ -221,6 +222,7 @@ def gather(connection: Connection[Any], model: Model, level: Level) -> Facts:
         duplicates=[name for (name,) in connection.execute(_DUPLICATES, names).fetchall()],
         unindexed_keys=[name for (name,) in connection.execute(_UNINDEXED_KEYS, names).fetchall()],
         recall=_permitted(lambda: newest_measurement(connection, model.model_id, level)),
+        estimated=count.estimated,
     )
 
 

@@ -8,17 +8,24 @@ from psycopg import Connection
 from .embedding_model import Model
 from .health_rules import BLOAT_DEGRADED, STALE_DEGRADED, judge
 from .index_facts import Facts, gather
+from .row_counts import RowCount
 from .search import TABLE_OF
 from .types import Health, IndexReport, Reason
 
 _SEVERITY: dict[Health, int] = {"healthy": 0, "degraded": 1, "critical": 2}
 
 
-def inspect_indexes(connection: Connection[Any], model: Model | None) -> list[IndexReport]:
-    """A report of each vector index that the store should have; none before a model is registered."""
+def inspect_indexes(
+    connection: Connection[Any], model: Model | None, known: dict[str, RowCount] | None = None
+) -> list[IndexReport]:
+    """A report of each vector index that the store should have; none before a model is registered.
+
+    Tables whose counts are `known` are not counted again; those that are counted are known from then on.
+    """
     if model is None:
         return []
-    return [_report(gather(connection, model, level)) for level in TABLE_OF]
+    known = {} if known is None else known
+    return [_report(gather(connection, model, level, known)) for level in TABLE_OF]
 
 
 def overall(reports: Iterable[IndexReport]) -> Health:
@@ -71,6 +78,7 @@ def _report(facts: Facts) -> IndexReport:
         looked_up=recall.looked_up if recall else None,
         unreachable=recall.unreachable if recall else None,
         zero_vectors=recall.zero_vectors if recall else None,
+        estimated=facts.estimated,
     )
 
 

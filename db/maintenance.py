@@ -12,7 +12,6 @@ from psycopg.types.json import Jsonb
 from .embedding_model import Model
 from .engine import BACKGROUND_WAIT_S, Database
 from .errors import BusyError, VectorKeepError, translated
-from .index_health import inspect_indexes
 from .locks import Purpose, advisory_lock
 from .role_facts import OWNS_TABLES
 from .types import IndexReport, MaintenanceResult
@@ -128,7 +127,7 @@ def _inspected(run: Run) -> list[IndexReport]:
         return []
     try:
         with run.interruption.watching(run.connection):
-            return inspect_indexes(run.connection, run.model)
+            return run.inspect_indexes()
     except psycopg.errors.QueryCanceled:
         return []
 

@@ -7,14 +7,20 @@ from sqlalchemy import Connection, Float, Text, case, column, func, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy import text as sql
 from sqlalchemy.dialects.postgresql import array
+from sqlalchemy.orm import aliased
 
 from .embedding_model import Model
 from .engine import Database
 from .index_health import inspect_indexes, overall
+from .migrate import current_revision
 from .models import Base, Chunk, Embedding, PerformanceMetric
-from .types import Diagnostics, IndexReport, Performance, Statistics
+from .row_counts import RowCount, count_rows
+from .types import Diagnostics, Performance, Statistics
 
 _WINDOW = timedelta(days=7)
+# Every search leaves a row: of a busy store nobody waits for the percentiles of all of them.
+_NEWEST_METRICS = 100_000
+_COUNTED: dict[str, type[Embedding] | type[Chunk]] = {"documents": Embedding, "chunks": Chunk}
 _INSERTS = ("batch_upsert", "embed_batch", "sync")
 
 # SELECT DISTINCT would read every row; this hops from one source to the next along the index.
@@ -30,41 +36,51 @@ _SOURCES = sql("""
 
 def get_statistics(database: Database, model: Model | None, workspace: str | None) -> Statistics:
     """Counts of the store or of one workspace, and the store's storage, health and performance."""
+    known: dict[str, RowCount] = {}
+    estimated: list[str] = []
+    with database.connection() as direct:
+        indexes = inspect_indexes(direct, model, known)
+        if workspace is None:
+            counts = {name: count_rows(direct, table.__tablename__, known) for name, table in _COUNTED.items()}
+            rows = {name: count.rows for name, count in counts.items()}
+            estimated = [name for name, count in counts.items() if count.estimated]
     with database.engine.connect() as connection:
-        documents, chunks = _count(connection, Embedding, workspace), _count(connection, Chunk, workspace)
+        if workspace is not None:
+            rows = {name: _count_in(connection, table, workspace) for name, table in _COUNTED.items()}
         sources = _sources(connection, workspace)
         storage_bytes = _storage_bytes(connection)
         performance = _performance(connection)
-    indexes = _indexes(database, model)
     return Statistics(
-        documents=documents,
-        chunks=chunks,
+        documents=rows["documents"],
+        chunks=rows["chunks"],
         sources=sources,
         storage_mb=storage_bytes / 1024**2,
         index_health=overall(indexes),
         indexes=indexes,
         performance=performance,
         reasons=[reason for index in indexes for reason in index.reasons],
+        estimated=estimated,
     )
 
 
-def get_diagnostics(database: Database, model: Model | None, revision: str) -> Diagnostics:
-    with database.engine.connect() as connection:
-        total = _count(connection, Embedding, None)
-    reports = _indexes(database, model)
-    existing = [report for report in reports if report.size_bytes]
-    return Diagnostics(total, revision, database.location, existing[0] if existing else None)
-
-
-def _indexes(database: Database, model: Model | None) -> list[IndexReport]:
+def get_diagnostics(database: Database, model: Model | None) -> Diagnostics:
+    """Rows and index of the documents, and the revision that the database is at now."""
+    known: dict[str, RowCount] = {}
     with database.connection() as connection:
-        return inspect_indexes(connection, model)
+        total = count_rows(connection, Embedding.__tablename__, known)
+        reports = inspect_indexes(connection, model, known)
+        revision = current_revision(connection)
+    return Diagnostics(
+        total_rows=total.rows,
+        revision=revision or "none",
+        location=database.location,
+        index=next((report for report in reports if report.table == Embedding.__tablename__), None),
+        estimated=total.estimated,
+    )
 
 
-def _count(connection: Connection, table: type[Embedding] | type[Chunk], workspace: str | None) -> int:
-    statement = select(func.count()).select_from(table)
-    if workspace is not None:
-        statement = statement.where(table.workspace == workspace)
+def _count_in(connection: Connection, table: type[Embedding] | type[Chunk], workspace: str) -> int:
+    statement = select(func.count()).select_from(table).where(table.workspace == workspace)
     return connection.scalars(statement).one()
 
 
@@ -84,7 +100,9 @@ def _storage_bytes(connection: Connection) -> int:
 
 
 def _performance(connection: Connection) -> Performance:
-    metric = PerformanceMetric
+    """Of what was recorded within the window, the newest."""
+    newest = select(PerformanceMetric).order_by(PerformanceMetric.id.desc()).limit(_NEWEST_METRICS).subquery()
+    metric = aliased(PerformanceMetric, newest)
     since = func.now() - _WINDOW
 
     def percentile(fraction: float) -> Any:

@@ -14,7 +14,7 @@ import redis
 import sqlalchemy
 from numpy.typing import NDArray
 
-from . import bulk_load, deletion, doctor, maintenance, migrate, orphans, reading, recall, statistics, vectors
+from . import bulk_load, deletion, doctor, maintenance, orphans, reading, recall, statistics, vectors
 from .arguments import check_bulk, check_consistency, check_count, check_ids, check_min_age
 from .config import Consistency, Distance, Settings
 from .documents import check_key, check_text
@@ -461,7 +461,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     def get_diagnostics(self) -> Diagnostics:
         """Rows, schema revision, location without its password, and the state of the document index."""
         model = self.model or self._reload_model()
-        return retried(lambda: statistics.get_diagnostics(self._parts.database, model, migrate.head_revision()))
+        return retried(lambda: statistics.get_diagnostics(self._parts.database, model))
 
     @_call
     def measure_recall(

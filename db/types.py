@@ -220,6 +220,9 @@ class IndexReport:
     another one makes needless. shared_buffers_share: its size in parts of shared_buffers; hit_rate: of its
     pages that were asked for, those found there. recall_interval, recall_target, recall_ef_search,
     recall_measured_at, unreachable, looked_up, zero_vectors: of the measurement that `recall` is from.
+
+    estimated: the table is too large to be counted; the numbers of rows, and what is reckoned from them, are as the
+    server estimates them.
     """
 
     name: str
@@ -259,6 +262,7 @@ class IndexReport:
     looked_up: int | None
     unreachable: int | None
     zero_vectors: int | None
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +302,7 @@ class RecallReport:
 
 @dataclass(frozen=True, slots=True)
 class Performance:
-    """Means and percentiles in milliseconds over the recorded operations of the last seven days."""
+    """Means and percentiles in milliseconds over the recorded operations of the last seven days, the newest 100,000."""
 
     avg_search_ms: float
     avg_insert_ms: float
@@ -311,6 +315,9 @@ class Statistics:
     """Counts, storage, health and performance.
 
     A workspace limits documents, chunks and sources; storage, health and performance are the store's.
+
+    estimated: those of "documents" and "chunks" that are the server's estimate, as of the last VACUUM or ANALYZE: their
+    table is too large to be counted.
     """
 
     documents: int
@@ -321,16 +328,23 @@ class Statistics:
     indexes: list[IndexReport]
     performance: Performance
     reasons: list[str]
+    estimated: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostics:
-    """What a bug report needs. `location` is the database URL without its password."""
+    """What a bug report needs.
+
+    revision: of the database's schema. location: the database URL without its password. index: of the documents; it
+    says itself whether it exists, and is None before a model is registered. estimated: `total_rows` is the server's
+    estimate, the table is too large to be counted.
+    """
 
     total_rows: int
     revision: str
     location: str
     index: IndexReport | None
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

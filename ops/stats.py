@@ -74,6 +74,8 @@ def _fields(statistics: db.Statistics, measured: Sequence[db.RecallReport]) -> d
     }
     for operation, percentiles in performance.percentiles.items():
         fields[f"{operation}_ms"] = ", ".join(f"{name} {ms:.1f}" for name, ms in percentiles.items())
+    if statistics.estimated:
+        fields["estimated"] = statistics.estimated
     fields |= {f"index.{index.name}": _index_line(index) for index in statistics.indexes}
     return fields | {f"recall.{report.level}": _recall_line(report) for report in measured}
 
@@ -90,12 +92,16 @@ def _index_row(index: db.IndexReport) -> list[Any]:
         index.verdict,
         f"{megabytes:.1f}",
         None if index.bytes_per_row is None else round(index.bytes_per_row),
-        index.indexed_rows,
-        index.unindexed_rows,
+        _about(index, index.indexed_rows),
+        _about(index, index.unindexed_rows),
         f"{index.stale_percent:.1f}",
         used,
         _past_recall(index),
     ]
+
+
+def _about(index: db.IndexReport, rows: int) -> int | str:
+    return f"about {rows}" if index.estimated and rows else rows
 
 
 def _past_recall(index: db.IndexReport) -> str:
@@ -106,7 +112,7 @@ def _past_recall(index: db.IndexReport) -> str:
 
 
 def _index_line(index: db.IndexReport) -> str:
-    parts = [index.verdict, f"{index.indexed_rows} rows", f"{index.size_bytes} bytes"]
+    parts = [index.verdict, f"{_about(index, index.indexed_rows)} rows", f"{index.size_bytes} bytes"]
     if index.bloat is not None:
         parts.append(f"{index.bloat:.2f} times the bytes a row after its build")
     if index.changes_since_build is not None:

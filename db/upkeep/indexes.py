@@ -9,7 +9,6 @@ from psycopg import sql
 
 from ..health_rules import BLOAT_DEGRADED
 from ..index_facts import build_progress
-from ..index_health import inspect_indexes
 from ..locks import Purpose, is_held
 from ..role_facts import OWNS_TABLES
 from ..tuning import tune_ef_search, tuning_due
@@ -30,7 +29,7 @@ def build_missing(run: Run) -> str:
     """Build vector indexes that are missing or invalid, where no build of them runs."""
     if run.model is None or not run.model.indexed:
         raise Skipped("no model with an index is registered")
-    wanting = [r.table for r in inspect_indexes(run.connection, run.model) if not r.valid and r.building is None]
+    wanting = [r.table for r in run.inspect_indexes() if not r.valid and r.building is None]
     if not wanting:
         raise Skipped("every vector index is valid")
     if run.plan.dry_run:
@@ -47,7 +46,7 @@ def build_missing(run: Run) -> str:
 
 def rebuild_stale(run: Run) -> str:
     """REINDEX where too much of what an index holds is dead, or where it has grown. VACUUM alone shrinks no HNSW."""
-    reports = [r for r in inspect_indexes(run.connection, run.model) if r.valid]
+    reports = [r for r in run.inspect_indexes() if r.valid]
     asking = {r.name: why for r in reports if (why := _why_rebuild(run, r))}
     if not asking:
         raise Skipped(f"no vector index is stale beyond {100 * run.plan.index_stale_threshold:g} %")

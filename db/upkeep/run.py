@@ -16,8 +16,10 @@ from ..arguments import MAX_AGE, MAX_SECONDS, check_number
 from ..embedding_model import Model
 from ..engine import Database
 from ..errors import VectorKeepError
+from ..index_health import inspect_indexes
 from ..interruption import Interruption
-from ..types import Step, StepProgress
+from ..row_counts import RowCount
+from ..types import IndexReport, Step, StepProgress
 
 logger = logging.getLogger("vectorkeep")
 
@@ -70,6 +72,11 @@ class Run:
         self.rows_removed = 0
         self.bytes_removed = 0
         self.index_built = False
+        self.row_counts: dict[str, RowCount] = {}
+
+    def inspect_indexes(self) -> list[IndexReport]:
+        """How the vector indexes are now; the rows of the tables are counted once a run."""
+        return inspect_indexes(self.connection, self.model, self.row_counts)
 
     @property
     def duration_s(self) -> float:

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 import db
-from db import BusyError, ClosedError, MaintenanceIncomplete, ValidationError
+from db import BusyError, ClosedError, MaintenanceIncomplete, ValidationError, row_counts
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
 from db.rebuild import RebuildPlan, rebuild
@@ -288,6 +288,17 @@ def test_a_step_that_fails_stops_no_other_and_the_run_is_recorded(store, sql):
     assert sql("SELECT operation, success, details ->> 'retire cached vectors' FROM maintenance_runs") == [
         ("maintain", False, "failed")
     ]
+
+
+def test_tables_are_counted_once_a_run(store, monkeypatch):
+    store.batch_upsert(vectors(3))
+    counted = []
+    count = row_counts._counted
+    monkeypatch.setattr(
+        row_counts, "_counted", lambda connection, table: counted.append(table) or count(connection, table)
+    )
+    assert store.maintain().index.indexed_rows == 3
+    assert sorted(counted) == ["chunks", "embeddings"]
 
 
 def test_steps_can_be_left_out(store):

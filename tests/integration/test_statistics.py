@@ -3,6 +3,7 @@
 import pytest
 
 import db
+from ops.stats import _fields
 
 VECTOR = [1.0, *[0.0] * 7]
 
@@ -63,6 +64,29 @@ def test_detached_chunks_are_counted(store):
 def test_a_workspace_that_cannot_be_any_is_refused(store, workspace):
     with pytest.raises(db.ValidationError, match="workspace is"):
         store.get_statistics(workspace)
+
+
+def test_a_table_too_large_to_be_counted_is_estimated_and_the_figures_say_so(store, sql, monkeypatch):
+    fill(store, 200)
+    store.batch_upsert([{"id": f"plain{n}", "text": "t"} for n in range(50)])
+    counted, rows = store.get_statistics(), store.get_diagnostics()
+    assert (counted.estimated, [index.estimated for index in counted.indexes], rows.estimated) == (
+        [],
+        [False] * 2,
+        False,
+    )
+    monkeypatch.setattr("db.row_counts.COUNTED_ROWS", 220)
+    sql("ANALYZE embeddings, chunks")
+    sql("DELETE FROM chunks")  # still counted: it is below
+    about, rows = store.get_statistics(), store.get_diagnostics()
+    assert (about.estimated, [index.estimated for index in about.indexes]) == (["documents"], [True, False])
+    assert (about.documents, about.chunks, rows.total_rows, rows.estimated) == (counted.documents, 0, 250, True)
+    [documents, _] = about.indexes
+    assert (documents.indexed_rows, documents.rows_without_vector) == (200, 50)
+    assert store.get_statistics("none").estimated == []
+    shown = _fields(about, ())
+    assert shown["estimated"] == ["documents"]
+    assert "about 200 rows" in shown["index.embeddings_vector_idx"]
 
 
 # -- health --------------------------------------------------------------------------------------------------
@@ -132,6 +156,20 @@ def test_diagnostics_tell_rows_revision_and_a_location_without_password(store, s
     assert diagnostics.index.name == "embeddings_vector_idx"
 
 
+def test_diagnostics_tell_the_databases_own_revision_and_the_index_of_the_documents_or_that_it_is_missing(store, sql):
+    """An older program on a newer schema, a document index that an interrupted load has left away."""
+    fill(store)
+    sql("UPDATE alembic_version SET version_num = '9999'")
+    sql("DROP INDEX embeddings_vector_idx")
+    diagnostics = store.get_diagnostics()
+    assert diagnostics.revision == "9999"
+    assert (diagnostics.index.table, diagnostics.index.exists, diagnostics.index.verdict) == (
+        "embeddings",
+        False,
+        "critical",
+    )
+
+
 # -- performance ---------------------------------------------------------------------------------------------
 
 
@@ -150,3 +188,13 @@ def test_performance_is_that_of_the_recorded_operations(store, sql):
     assert performance.cache_hit_rate == pytest.approx(1 / 3)
     assert performance.percentiles["search"] == {"p50": 20, "p95": 29, "p99": pytest.approx(29.8)}
     assert performance.percentiles["sync"]["p99"] == 5
+
+
+def test_of_very_many_operations_the_newest_tell(store, sql, monkeypatch):
+    sql("""
+        INSERT INTO performance_metrics (operation, duration_ms)
+        SELECT 'search', CASE WHEN n <= 90 THEN 1000 ELSE 10 END FROM generate_series(1, 100) AS n
+    """)
+    assert store.get_statistics().performance.avg_search_ms == 901
+    monkeypatch.setattr("db.statistics._NEWEST_METRICS", 10)
+    assert store.get_statistics().performance.avg_search_ms == 10
