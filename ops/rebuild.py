@@ -65,20 +65,13 @@ def rebuild(
     The old tables are kept until 'maintain' retires them; --rollback brings them back.
     """
     folders = _folders(sources or [], source)
-    if from_store and folders:
-        raise typer.BadParameter("takes no folders", param_hint="--from-store")
-    if rollback and (folders or model):
-        raise typer.BadParameter("takes no folders and no --model", param_hint="--rollback")
-    if force and not rollback:
-        raise typer.BadParameter("needs --rollback", param_hint="--force")
+    _check_options(folders, model, from_store=from_store, rollback=rollback, force=force)
     settings = _settings(cli)
     with _steps(cli) as on_progress:
-        if rollback:
-            result: Any = (
-                forecast_rollback(settings)
-                if dry_run
-                else roll_back(settings, force=force, swap_wait_s=swap_wait_s, on_progress=on_progress)
-            )
+        if rollback and dry_run:
+            result: Any = forecast_rollback(settings)
+        elif rollback:
+            result = roll_back(settings, force=force, swap_wait_s=swap_wait_s, on_progress=on_progress)
         else:
             embedder = embedder_by_name(model) if model else configured_embedder() if folders else None
             plan = RebuildPlan(
@@ -91,6 +84,18 @@ def rebuild(
             )
             result = forecast(settings, plan, embedder) if dry_run else rebuild_store(settings, plan, embedder)
     _print(cli, result)
+
+
+def _check_options(
+    folders: Mapping[str, Path], model: str | None, *, from_store: bool, rollback: bool, force: bool
+) -> None:
+    """Raise BadParameter for options that contradict each other."""
+    if from_store and folders:
+        raise typer.BadParameter("takes no folders", param_hint="--from-store")
+    if rollback and (folders or model):
+        raise typer.BadParameter("takes no folders and no --model", param_hint="--rollback")
+    if force and not rollback:
+        raise typer.BadParameter("needs --rollback", param_hint="--force")
 
 
 def _folders(paths: list[Path], source: str | None) -> dict[str, Path]:
