@@ -9,7 +9,7 @@ from alembic import command as alembic
 from db.migrate import alembic_config, current_revision, head_revision, upgrade
 from tests.acceptance.conftest import ROOT, environment, forked
 
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
 ROWS = """
     INSERT INTO embeddings (id, source_id, text, embedding) VALUES ('a', 's', 'text', '[1,2,3]'), ('b', 's', '', NULL);
     INSERT INTO chunks (id, document_id, chunk_index, text, embedding) VALUES ('a#0', 'a', 0, 'text', '[1,2,3]')

@@ -12,7 +12,7 @@ from db.registry import register_model
 
 pytestmark = pytest.mark.every_server
 
-EARLIER = ["0001", "0002", "0003", "0004", "0005"]
+EARLIER = ["0001", "0002", "0003", "0004", "0005", "0006"]
 WORDS = ("Grüße", " ", "日本語", "tab\tand\nline", "plain", "x" * 3000)
 MODEL = {"model_id": "test-model", "dimensions": 8}
 TABLES = """
@@ -66,6 +66,7 @@ def filled(database_url):
             INSERT INTO recall_measurements (model_id, level, filtered, k, sample, recall, recall_low, recall_high,
                 target, ef_search, indexed_ms_p50, exact_ms_p50, looked_up, unreachable, zero_vectors, rows)
             VALUES ('test-model', 'documents', false, 10, 9, 1, 0.9, 1, 0.95, 100, 1, 2, 3, 0, 0, 60);
+            INSERT INTO tenant_workspaces VALUES ('somebody', 'w');
             INSERT INTO ingestion_pause (reason, owner, expires_at) VALUES ('over', 'a test', now())""")
         yield connection
 

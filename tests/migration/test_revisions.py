@@ -49,10 +49,10 @@ def test_up_down_up_makes_the_same_schema(empty_database_url, empty):
 def test_each_downgrade_restores_the_shape_before(empty_database_url, empty):
     upgrade(empty_database_url, "0001")
     shapes = [empty.execute(SHAPE).fetchall()]
-    for revision in ("0002", "0003", "0004", "0005", "0006"):
+    for revision in ("0002", "0003", "0004", "0005", "0006", "0007"):
         upgrade(empty_database_url, revision)
         shapes.append(empty.execute(SHAPE).fetchall())
-    for revision, shape in zip(("0005", "0004", "0003", "0002", "0001"), reversed(shapes[:-1]), strict=True):
+    for revision, shape in zip(("0006", "0005", "0004", "0003", "0002", "0001"), reversed(shapes[:-1]), strict=True):
         downgrade(empty_database_url, revision)
         assert empty.execute(SHAPE).fetchall() == shape
 
@@ -62,7 +62,7 @@ def test_metadata_updates_have_room_to_stay_hot(database_url):
         rows = connection.execute(
             "SELECT relname FROM pg_class WHERE 'fillfactor=80' = ANY (reloptions) ORDER BY 1"
         ).fetchall()
-    assert rows == [("embeddings",), ("vector_cache",)]
+    assert rows == [("chunks",), ("embeddings",), ("vector_cache",)]
 
 
 def test_the_watermark_has_its_row(database_url):
@@ -143,7 +143,7 @@ def test_downgrade_to_base_with_rows_is_refused_and_changes_nothing(database_url
         assert connection.execute("SELECT count(*) FROM embeddings").fetchone() == (2,)
 
 
-@pytest.mark.parametrize("revision", ["base", "-6"])
+@pytest.mark.parametrize("revision", ["base", "-7"])
 def test_downgrade_drops_rows_when_told_so(database_url, revision):
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("INSERT INTO embeddings (id, text) VALUES ('a', 'x')")
