@@ -81,8 +81,8 @@ class Embedder(Protocol):
 class UpsertResult:
     """Counts of a `batch_upsert`. Every input counts in exactly one of the five.
 
-    `superseded` inputs were followed by a later valid one of the same id. `errors` holds
-    (id, reason) of each failed one.
+    `superseded` inputs were followed by a later valid one of the same id, with no more than 50,000 other ids between
+    them: beyond that both count by what they did. `errors` holds (id, reason) of each failed one.
     """
 
     inserted: int

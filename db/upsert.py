@@ -70,6 +70,7 @@ _TAKE_BACK_DETACHED = """
     RETURNING detached.source_id, detached.workspace
 """
 
+# A chunk that stands at another place than its id says goes, too: no update has to change a place.
 _DELETE_GONE_CHUNKS = """
     DELETE FROM chunks
     WHERE document_id = ANY(%(ids)s)
@@ -92,12 +93,11 @@ _UPDATE_CHUNK_VECTORS = """
 
 _UPDATE_CHUNKS = """
     UPDATE chunks
-    SET chunk_index = given.chunk_index, source_id = given.source_id, workspace = given.workspace,
-        metadata = given.metadata
+    SET source_id = given.source_id, workspace = given.workspace, metadata = given.metadata
     FROM vectorkeep_chunks AS given
     WHERE chunks.id = given.id AND chunks.document_id = given.document_id
-      AND (chunks.chunk_index, chunks.source_id, chunks.workspace, chunks.metadata)
-          IS DISTINCT FROM (given.chunk_index, given.source_id, given.workspace, given.metadata)
+      AND (chunks.source_id, chunks.workspace, chunks.metadata)
+          IS DISTINCT FROM (given.source_id, given.workspace, given.metadata)
 """
 
 # A chunk id that some other document holds breaks the primary key: the document is refused, none is robbed.

@@ -134,6 +134,14 @@ def test_a_cached_search_of_the_old_source_does_not_survive_the_taking_back(deta
     assert [hit.id for hit in detached.search(vector(1), **search)] == []
 
 
+def test_a_chunk_that_stands_at_another_place_than_its_id_says_is_made_anew(store, sql):
+    store.batch_upsert([doc("a", chunks=[{"text": "one"}, {"text": "two"}])])
+    sql("UPDATE chunks SET chunk_index = 7 WHERE id = 'a#1'")
+    store.batch_upsert([doc("a", chunks=[{"text": "one", "metadata": {"n": 1}}, {"text": "two"}])])
+    stored = sql("SELECT id, chunk_index, text, metadata FROM chunks ORDER BY id")
+    assert stored == [("a#0", 0, "one", {"n": 1}), ("a#1", 1, "two", {})]
+
+
 @pytest.mark.parametrize("chunks", [(), [{"text": "fresh"}]])
 def test_detached_chunks_give_way_to_those_that_are_given(detached, sql, chunks):
     assert counts(detached.batch_upsert([doc("a", chunks=chunks)])) == {"inserted": 1}

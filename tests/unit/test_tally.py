@@ -101,6 +101,14 @@ def test_what_is_remembered_of_a_call_is_bounded(monkeypatch):
     assert tally["inserted"] == 50
 
 
+def test_an_id_that_comes_again_beyond_the_remembered_ones_counts_by_itself(monkeypatch):
+    monkeypatch.setattr(tally_module, "_REMEMBERED", 10)
+    tally = Tally(None, None)
+    for id_ in ("a", *range(9), "a", *range(10, 20), "a"):
+        tally.add({str(id_): "inserted" if tally["inserted"] < 1 or id_ != "a" else "updated"})
+    assert {name: tally[name] for name in COUNTS if tally[name]} == {"inserted": 20, "updated": 1, "superseded": 1}
+
+
 def test_progress_is_told_after_each_batch_with_the_total():
     told = []
     tally = Tally(5, lambda processed, total: told.append((processed, total)))
