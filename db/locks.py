@@ -1,7 +1,7 @@
 """Advisory locks: what they are called, and how to wait for one without harming anybody."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from hashlib import sha256
@@ -27,12 +27,13 @@ _HOLDER = """
 """
 
 
-_HELD = """
-    SELECT FROM pg_locks
-    WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND pid <> pg_backend_pid()
+# The server says which session is this one: a pooler would tell a process id of its own.
+_HOLDERS = """
+    SELECT DISTINCT pid, pid = pg_backend_pid() FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 2
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND classid = %s::oid AND objid = ANY(%s::oid[])
-    LIMIT 1
+    ORDER BY pid
 """
 
 
@@ -52,14 +53,14 @@ class Purpose(IntEnum):
 PAUSE_CLASS = 0x766D
 
 # One source's sync: the class, and a hash of the source. Sources that share a hash wait for each other.
-_SYNC_CLASS = 0x766C
+SYNC_CLASS = 0x766C
 
 
 @contextmanager
 def sync_lock(connection: Connection[Any], source_id: str, *, wait_s: float) -> Iterator[None]:
     """Hold the lock of one source's sync on `connection`. Raises BusyError that says who has it."""
     digest = int.from_bytes(sha256(source_id.encode()).digest()[:4], signed=True)
-    with _locked(connection, (_SYNC_CLASS, digest), f"the sync of source {source_id!r}", wait_s):
+    with _locked(connection, (SYNC_CLASS, digest), f"the sync of source {source_id!r}", wait_s):
         yield
 
 
@@ -72,7 +73,21 @@ def advisory_lock(connection: Connection[Any], purpose: Purpose, *, wait_s: floa
 
 def is_held(connection: Connection[Any], *purposes: Purpose) -> bool:
     """Whether another session has one of the locks."""
-    return connection.execute(_HELD, (LOCK_CLASS, list(map(int, purposes)))).fetchone() is not None
+    return bool(other_holders(connection, *purposes))
+
+
+def other_holders(connection: Connection[Any], *purposes: Purpose) -> list[int]:
+    """The process ids of the other sessions that have one of the locks."""
+    return [pid for pid, own in _holders(connection, purposes) if not own]
+
+
+def holds(connection: Connection[Any], purpose: Purpose) -> bool:
+    """Whether this session has the lock."""
+    return any(own for _, own in _holders(connection, [purpose]))
+
+
+def _holders(connection: Connection[Any], purposes: Iterable[Purpose]) -> list[tuple[int, bool]]:
+    return connection.execute(_HOLDERS, (LOCK_CLASS, list(map(int, purposes)))).fetchall()
 
 
 @contextmanager

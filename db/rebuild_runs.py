@@ -10,7 +10,7 @@ from psycopg.types.json import Jsonb
 from .config import Distance
 from .embedding_model import Model
 from .errors import BusyError
-from .locks import LOCK_CLASS, Purpose, advisory_lock
+from .locks import Purpose, advisory_lock, holds, is_held
 from .shadow import SHADOW, TABLES, drop_schema, schema_exists
 from .swap import PREVIOUS
 
@@ -42,12 +42,6 @@ _AGE_AT_LEAST = """
     FROM rebuild_runs
 """
 _RETIRE = "UPDATE rebuild_runs SET state = 'retired' WHERE state IN ('swapped', 'rolled back')"
-_IS_HELD = """
-    SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2
-                   AND classid = %s::oid AND objid = %s::oid
-                   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                   AND (%s::int IS NULL OR pid = %s))
-"""
 _SCHEMA_SIZE = """
     SELECT count(*), coalesce(sum(pg_total_relation_size(pg_class.oid)), 0)::bigint
     FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
@@ -110,8 +104,7 @@ def previous_oids(connection: Connection[Any]) -> list[int]:
 
 def unfinished_rebuild(connection: Connection[Any]) -> UnfinishedRebuild | None:
     """What is left of an interrupted rebuild, or None; one that still runs is no finding."""
-    [(running,)] = connection.execute(_IS_HELD, (LOCK_CLASS, int(Purpose.REBUILD), None, None)).fetchall()
-    if running:
+    if is_held(connection, Purpose.REBUILD) or holds(connection, Purpose.REBUILD):
         return None
     run = connection.execute(_UNFINISHED, (_ENDED,)).fetchone()
     if run is None and not schema_exists(connection, SHADOW):
@@ -122,9 +115,7 @@ def unfinished_rebuild(connection: Connection[Any]) -> UnfinishedRebuild | None:
 
 def require_lock(connection: Connection[Any]) -> None:
     """Raise BusyError unless `connection` holds the lock of rebuilds; psycopg.OperationalError where it is lost."""
-    pid = connection.info.backend_pid
-    [(held,)] = connection.execute(_IS_HELD, (LOCK_CLASS, int(Purpose.REBUILD), pid, pid)).fetchall()
-    if not held:
+    if not holds(connection, Purpose.REBUILD):
         raise BusyError("this rebuild holds its lock no more, and another may have begun; run it again")
 
 

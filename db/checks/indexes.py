@@ -13,7 +13,7 @@ from sqlalchemy.schema import CreateIndex
 from ..embedding_model import Model
 from ..errors import BusyError, PermissionDeniedError
 from ..index_health import inspect_indexes
-from ..locks import LOCK_CLASS, Purpose, advisory_lock
+from ..locks import Purpose, advisory_lock, other_holders
 from ..models import Base, vector_index_name
 from ..vector_index import INDEXED_TABLES, ensure_vector_indexes
 from .base import Examination, Found, Needs, check, fail, ok, warn
@@ -45,11 +45,6 @@ _BUILDING = """
 """
 _HAS_KEY = "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = %s AND conrelid = to_regclass(%s))"
 _EXISTS = "SELECT to_regclass(%s) IS NOT NULL"
-_LOAD_RUNS = """
-    SELECT pid FROM pg_locks
-    WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = %s::oid AND objid = %s::oid
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
 _VECTORS = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)")
 
 
@@ -140,11 +135,11 @@ def vector_indexes(examination: Examination) -> Iterator[Found]:
         yield ok("no model is registered" if model is None else f"{model.dimensions} dimensions: searches are exact")
         return
     missing = [t for t in INDEXED_TABLES if not examination.value(_EXISTS, vector_index_name(t.name))]
-    loaders = examination.rows(_LOAD_RUNS, LOCK_CLASS, int(Purpose.BULK_LOAD))
+    loaders = other_holders(examination.connection, Purpose.BULK_LOAD)
     for table in missing:
         name = vector_index_name(table.name)
         if loaders:
-            yield ok(f"a bulk load runs in process {loaders[0][0]}; {name} is built at its end")
+            yield ok(f"a bulk load runs in process {loaders[0]}; {name} is built at its end")
             continue
         [(filled,)] = examination.connection.execute(_VECTORS.format(sql.Identifier(table.name))).fetchall()
 
@@ -175,7 +170,11 @@ def index_health(examination: Examination) -> Iterator[Found]:
             f"{report.name} is {reason.verdict}: {reason.evidence}", f"{reason.command}, or psql -c {reason.sql!r}"
         )
     if not reasons:
-        valid = ", ".join(f"{report.name}: {report.indexed_rows} rows" for report in reports if report.valid)
+        valid = ", ".join(
+            f"{report.name}: {'about ' if report.estimated else ''}{report.indexed_rows} rows"
+            for report in reports
+            if report.valid
+        )
         yield ok(valid or "there is no vector index to be judged")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..errors import BusyError
-from ..locks import _SYNC_CLASS, LOCK_CLASS
+from ..locks import LOCK_CLASS, SYNC_CLASS
 from .base import Examination, Found, Needs, age, check, megabytes, ok, warn
 
 _IDLE_OURS = """
@@ -159,7 +159,7 @@ def replication_slots(examination: Examination) -> Iterator[Found]:
 def advisory_locks(examination: Examination) -> Iterator[Found]:
     limits = examination.limits
     for pid, application, user, address, idle_s, _ in examination.rows(
-        _IDLE_HOLDERS, LOCK_CLASS, _SYNC_CLASS, limits.idle_lock_s
+        _IDLE_HOLDERS, LOCK_CLASS, SYNC_CLASS, limits.idle_lock_s
     ):
         yield warn(
             f"process {pid} ({application or 'unnamed'}, {user}, {address or 'local'}) holds a lock of ours and "
