@@ -83,5 +83,5 @@ def test_a_callers_transaction_is_refused_once_the_store_was_moved_to_another_mo
     with store.transaction():
         pass
     sql("UPDATE embedding_models SET model_id = 'another' WHERE active")
-    with pytest.raises(SchemaError, match="is 'another' .* now"), store.transaction():
+    with pytest.raises(SchemaError, match=r"is 'another' .* now"), store.transaction():
         pytest.fail("its writes would be of the old model")
