@@ -106,9 +106,13 @@ def _remove_batches(
     min_age: timedelta | None,
     after_commit: Callable[[LoggedWrite], None],
 ) -> Iterator[int]:
-    """Remove the orphans of `table` batch by batch; yields how many each transaction removed."""
+    """Remove the orphans of `table` batch by batch; yields how many each transaction removed.
+
+    Where there are none it tries all the same: a role that may not remove any is told so.
+    """
     after = ""
-    while ids := _find_batch(database, table, after, batch_size, min_age):
+    while True:
+        ids = _find_batch(database, table, after, batch_size, min_age)
 
         def remove(transaction: WriteTransaction, ids: list[str] = ids) -> int:
             return _remove_batch(transaction, table, ids, min_age)
