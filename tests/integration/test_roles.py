@@ -249,7 +249,7 @@ def test_what_owners_migrate_belongs_to_their_role_and_is_granted(roles, databas
     roles.make()
     with psycopg.connect(roles.login("dba", "owner"), autocommit=True) as dba:
         url = roles.url(dba.info.user)
-        downgrade(url, "-1", drop_rows=True)
+        downgrade(url, "0005", drop_rows=True)
         upgrade(url)
     assert {row[1] for row in sql(RIGHTS)} == {roles.name("owner")}
     held = "SELECT has_table_privilege(%s, 'tenant_workspaces', %s)"
