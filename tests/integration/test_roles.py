@@ -66,7 +66,7 @@ def test_each_role_can_do_what_the_matrix_says(kind, roles, model, database_url,
     still_there = "SELECT pid FROM pg_stat_activity WHERE usename = %s"
     for verb, work in VERBS.items():
         if verb == "migrate":
-            downgrade(database_url, "-1", drop_rows=True)
+            downgrade(database_url, "0005", drop_rows=True)
         until(lambda: not sql(still_there, urlsplit(url).username))
         found[verb] = outcome(lambda work=work: work(settings, roles.prefix))
         if verb == "migrate" and kind != "owner":
@@ -262,6 +262,6 @@ def test_what_owners_migrate_belongs_to_their_role_and_is_granted(roles, databas
 
 def test_a_superuser_migrates_as_the_owner_and_is_itself_again(roles, database_url, sql):
     roles.make()
-    downgrade(database_url, "-1", drop_rows=True)
+    downgrade(database_url, "0005", drop_rows=True)
     upgrade(database_url)
     assert {row[1] for row in sql(RIGHTS)} == {roles.name("owner")}
