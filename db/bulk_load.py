@@ -45,7 +45,7 @@ from .pause import current_pause
 from .registry import StoreModel
 from .tally import Tally
 from .transactions import waiting_for_resume
-from .vector_index import INDEXED_TABLES, drop_vector_indexes, ensure_vector_indexes
+from .vector_index import INDEXED_TABLES, OWNS_TABLES, drop_vector_indexes, ensure_vector_indexes
 
 logger = logging.getLogger("vectorkeep")
 
@@ -64,10 +64,6 @@ _INSERT_S = 0.002
 _ROWS_A_SECOND = 5000.0
 _CLEARLY = 2
 
-_MAY_BUILD = sql.SQL("""
-    (SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
-     WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass))
-""")
 # Whether each table is empty, and whether an interrupted load left its index missing. No row where the role
 # may not build.
 _STATE = sql.SQL("""
@@ -75,12 +71,12 @@ _STATE = sql.SQL("""
            NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('embeddings_vector_idx') AND indisvalid),
            NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('chunks_vector_idx') AND indisvalid)
     WHERE {may_build}
-""").format(may_build=_MAY_BUILD)
+""").format(may_build=OWNS_TABLES)
 _MISSING = sql.SQL("""
     SELECT name FROM unnest(ARRAY['embeddings_vector_idx', 'chunks_vector_idx']) AS name
     WHERE NOT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass(name) AND indisvalid) AND {may_build}
     ORDER BY name DESC
-""").format(may_build=_MAY_BUILD)
+""").format(may_build=OWNS_TABLES)
 _BUILD_RATE = """
     SELECT rows * 1000 / duration_ms FROM index_builds
     WHERE index_name = 'embeddings_vector_idx' AND rows >= %s AND duration_ms > 0 ORDER BY id DESC LIMIT 1
@@ -90,7 +86,7 @@ _STORED = sql.SQL("""
     SELECT (SELECT count(*) FROM (SELECT FROM embeddings LIMIT %s) AS counted)
     WHERE EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('embeddings_vector_idx') AND indisvalid)
       AND {may_build}
-""").format(may_build=_MAY_BUILD)
+""").format(may_build=OWNS_TABLES)
 
 
 @contextmanager

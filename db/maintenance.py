@@ -13,11 +13,10 @@ from .embedding_model import Model
 from .engine import BACKGROUND_WAIT_S, Database
 from .errors import BusyError, VectorKeepError, translated
 from .locks import Purpose, advisory_lock
-from .role_facts import OWNS_TABLES
 from .types import IndexReport, MaintenanceResult
 from .upkeep import cleanup, compaction, indexes
 from .upkeep.run import MaintenancePlan, Run
-from .vector_index import drop_leftovers
+from .vector_index import OWNS_TABLES, drop_leftovers
 
 logger = logging.getLogger("vectorkeep")
 

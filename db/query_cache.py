@@ -271,8 +271,8 @@ def _encode(value: Mapping[str, Any]) -> bytes:
     return sha256(data).digest() + data
 
 
-def _decode(raw: bytes | None, key: str, generations: list[str], ttl_ms: int) -> dict[str, Any] | None:
-    """The stored value where it answers exactly `key` in these generations, with its age."""
+def decoded(raw: bytes | None) -> dict[str, Any] | None:
+    """What was stored, whole and unchanged, else None."""
     if raw is None:
         return None
     digest, data = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
@@ -280,7 +280,13 @@ def _decode(raw: bytes | None, key: str, generations: list[str], ttl_ms: int) ->
         logger.warning("cache.unreadable_value", extra={"bytes": len(raw)})
         return None
     value: dict[str, Any] = orjson.loads(data)
-    if value["key"] != key or value["generations"] != generations:
+    return value
+
+
+def _decode(raw: bytes | None, key: str, generations: list[str], ttl_ms: int) -> dict[str, Any] | None:
+    """The stored value where it answers exactly `key` in these generations, with its age."""
+    value = decoded(raw)
+    if value is None or value["key"] != key or value["generations"] != generations:
         return None
     value["age_s"] = value["took_s"] + value["ttl_s"] - ttl_ms / 1000
     return value

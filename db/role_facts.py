@@ -3,19 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from psycopg import Connection, sql
+from psycopg import Connection
 
 from .shadow import SHADOW
 from .swap import PREVIOUS
 
 FUNCTIONS = ("vectorkeep_scope", "vectorkeep_still_true")
 _SEPARATED = ["embeddings", "chunks"]
-
-# Whether this role owns the tables of vectors, or is a member of who does: indexes are the owner's to build.
-OWNS_TABLES = sql.SQL("""
-    (SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
-     WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass))
-""")
 
 _SESSION = """
     SELECT current_user::text, current_database()::text, nspname::text,

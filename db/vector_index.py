@@ -37,6 +37,11 @@ _MAX_BUILD_MB = 1024
 
 _IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
 # An interrupted build leaves an invalid index, a REINDEX an invalid copy; one that runs, by whomever, has one too.
+# Whether this role owns the tables of vectors, or is a member of who does: indexes are the owner's to build.
+OWNS_TABLES = sql.SQL("""
+    (SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
+     WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass))
+""")
 _LEFTOVERS = """
     SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
     WHERE NOT indisvalid AND indrelid = ANY(%s::regclass[]) AND (relname ~ '_cc(new|old)[0-9]*$' OR relname = ANY(%s))

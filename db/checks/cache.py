@@ -13,7 +13,7 @@ from ..embedding_model import Model
 from ..engine import StoreConnection
 from ..errors import ValidationError
 from ..filters import Filter
-from ..query_cache import QueryCache
+from ..query_cache import QueryCache, decoded
 from ..reading import cache_key
 from ..search import Query, Searcher
 from ..types import SearchResult
@@ -26,7 +26,6 @@ _NO_CACHE = "no cache is configured"
 _SAMPLE = 20
 _SCANS_AT_MOST = 50
 _KEYS_A_SCAN = 200
-_DIGEST_BYTES = 32
 # An answer that another process replaced while the database was asked is looked at once more.
 _ATTEMPTS = 2
 
@@ -203,10 +202,8 @@ def _text(name: bytes | str) -> str:
 
 
 def _parsed(name: str, raw: Any) -> _Cached | None:
-    try:
-        return _Cached(name, orjson.loads(raw[_DIGEST_BYTES:])["key"])
-    except (TypeError, KeyError, orjson.JSONDecodeError):
-        return None  # gone since, or damaged: its checksum keeps it from being served
+    value = decoded(raw)
+    return None if value is None else _Cached(name, value["key"])
 
 
 def _is_right(cache: QueryCache, connection: StoreConnection, model: Model, cached: _Cached) -> bool | None:

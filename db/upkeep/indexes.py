@@ -10,10 +10,9 @@ from psycopg import sql
 from ..health_rules import BLOAT_DEGRADED
 from ..index_facts import build_progress
 from ..locks import Purpose, is_held
-from ..role_facts import OWNS_TABLES
 from ..tuning import tune_ef_search, tuning_due
 from ..types import BuildProgress, IndexReport
-from ..vector_index import INDEXED_TABLES, ensure_vector_indexes, rebuild_vector_index
+from ..vector_index import INDEXED_TABLES, OWNS_TABLES, ensure_vector_indexes, rebuild_vector_index
 from .compaction import asks_for_vacuum, predict
 from .run import NotPermitted, Run, Skipped
 
