@@ -81,7 +81,6 @@ def run(database_url, *arguments, fault):
     )
 
 
-@pytest.mark.every_server
 @pytest.mark.parametrize("point", BEFORE_THE_SWAP)
 def test_killed_before_the_swap_the_old_store_is_intact(filled, admin, database_url, until, point):
     before, oids = contents(admin), admin.execute(OID).fetchall()
@@ -107,6 +106,7 @@ def test_killed_before_the_swap_the_old_store_is_intact(filled, admin, database_
     alembic.check(alembic_config(database_url))
 
 
+@pytest.mark.every_server
 def test_killed_right_after_the_swap_the_new_store_is_complete(filled, admin, database_url, until):
     before, oids = contents(admin), admin.execute(OID).fetchall()
     query = vector_of("text number 7")

@@ -13,8 +13,6 @@ from db.adopt import adopt
 from db.errors import BusyError, SchemaError, ValidationError
 from db.migrate import alembic_config, current_revision, head_revision
 
-pytestmark = pytest.mark.every_server
-
 A, B = uuid.UUID(int=1), uuid.UUID(int=2)
 GONE = uuid.UUID(int=255)
 
@@ -66,6 +64,7 @@ def state(connection: psycopg.Connection) -> list:
     ]
 
 
+@pytest.mark.every_server
 def test_plain_tables_become_a_store(empty_database_url, by_hand):
     connection = by_hand()
     result = adopt(empty_database_url, model_id="m")
@@ -97,6 +96,7 @@ def test_an_adopted_database_opens(empty_database_url, redis_url, by_hand):
         assert (hit.id, store.get_statistics().documents) == ("a", 2)
 
 
+@pytest.mark.every_server
 def test_each_odd_type_is_converted(empty_database_url, by_hand):
     connection = by_hand(f"""
         CREATE EXTENSION vector;
