@@ -45,7 +45,8 @@ OWNS_TABLES = sql.SQL("""
 _LEFTOVERS = """
     SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
     WHERE NOT indisvalid AND indrelid = ANY(%s::regclass[]) AND (relname ~ '_cc(new|old)[0-9]*$' OR relname = ANY(%s))
-      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running WHERE running.relid = indrelid)
+      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
+                      WHERE running.datname = current_database() AND running.relid = indrelid)
     ORDER BY relname
 """
 _COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")

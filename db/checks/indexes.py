@@ -24,6 +24,7 @@ _CONCURRENT_WAIT_MS = 600_000
 _LEFTOVER = re.compile(r"_cc(new|old)\d*$")
 
 # Whoever builds an index of a table now may have it invalid: it is no leftover.
+# All databases of the server are in this view, and in a copy of this one its tables have the same OIDs.
 _INVALID = """
     SELECT class.relname, index.indexrelid::regclass::text, table_class.relname
     FROM pg_index AS index
@@ -31,7 +32,8 @@ _INVALID = """
     JOIN pg_class AS table_class ON table_class.oid = index.indrelid
     WHERE NOT (index.indisvalid AND index.indisready AND index.indislive)
       AND index.indrelid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
-      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running WHERE running.relid = index.indrelid)
+      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
+                      WHERE running.datname = current_database() AND running.relid = index.indrelid)
     ORDER BY 1
 """
 # Builds of other roles, of which a role without pg_read_all_stats sees the process and not the table.
@@ -41,7 +43,7 @@ _BUILDING = """
            round(100.0 * coalesce(nullif(blocks_done, 0), tuples_done)
                  / nullif(coalesce(nullif(blocks_total, 0), tuples_total), 0))
     FROM pg_stat_progress_create_index
-    WHERE relid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
+    WHERE datname = current_database() AND relid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
 """
 _HAS_KEY = "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = %s AND conrelid = to_regclass(%s))"
 _EXISTS = "SELECT to_regclass(%s) IS NOT NULL"

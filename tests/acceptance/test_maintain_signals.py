@@ -11,6 +11,7 @@ import db
 from tests.acceptance.conftest import ROOT, command
 
 INVALID = "SELECT count(*) FROM pg_index WHERE NOT indisvalid"
+BUILDING = "SELECT FROM pg_stat_progress_create_index WHERE datname = current_database()"
 
 
 def wait_for(connection, statement):
@@ -39,7 +40,7 @@ def test_it_stops_in_order_and_leaves_no_invalid_index(env, database_url, number
             ) as process:
                 wait_for(sql, f"SELECT ({INVALID}) > 0")
                 process.send_signal(number)
-                wait_for(sql, "SELECT NOT EXISTS (SELECT FROM pg_stat_progress_create_index)")
+                wait_for(sql, f"SELECT NOT EXISTS ({BUILDING})")
                 held.rollback()
                 out, errors = process.communicate(timeout=30)
         assert process.returncode == code

@@ -248,7 +248,7 @@ def an_invalid_index(scene: Scene):
 def an_index_being_built(scene: Scene):
     uncommitted = "INSERT INTO embeddings (id, text) VALUES ('uncommitted', 't')"
     with scene.blocked("CREATE INDEX CONCURRENTLY slow_idx ON embeddings (source_id, id)", by=uncommitted):
-        scene.until("SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE relid = 'embeddings'::regclass)")
+        scene.until("SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())")
         yield
 
 

@@ -464,6 +464,10 @@ def test_workers_that_fill_an_empty_store_at_once_lose_nothing(indexes, sql, dat
         assert_finds(store, everything)
 
 
+HELD_LOADS = """
+    SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 5
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 LOADER = """
 import sys
 sys.path.insert(0, sys.argv[3])
@@ -492,7 +496,7 @@ def left_by_a_killed_loader(registered, database_url, redis_url, sql, until, ind
     finally:
         loader.kill()
         loader.communicate(timeout=30)
-    until(lambda: sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 5") == [(0,)])
+    until(lambda: sql(HELD_LOADS) == [(0,)])
     assert indexes() == {}
     return registered
 

@@ -91,6 +91,26 @@ def test_an_invalid_index_is_built_again_whatever_depends_on_it(examine, sql, in
     assert valid(sql, index)
 
 
+def test_a_build_in_a_copy_of_the_database_hides_no_invalid_index(
+    examine, sql, make_database, servers, postgres_version, until
+):
+    """Its tables have the same OIDs."""
+    copy = make_database(servers.template(postgres_version))
+    with psycopg.connect(copy, autocommit=True) as there:
+
+        def run(statement, *values):
+            return there.execute(statement, values or None).fetchall()
+
+        build = "CREATE INDEX CONCURRENTLY other_idx ON embeddings (workspace, id)"
+        steps = interrupted(copy, build, until, run)
+        next(steps)
+        [(same,)] = there.execute("SELECT 'embeddings'::regclass::oid").fetchall()
+        assert sql("SELECT 'embeddings'::regclass::oid") == [(same,)]
+        sql("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'embeddings_vector_idx'::regclass")
+        assert "embeddings_vector_idx" in examine.mends("invalid indexes").evidence
+        next(steps)
+
+
 @pytest.mark.parametrize("index", ["twice_ccnew", "embeddings_vector_idx", "embeddings_workspace_idx"])
 def test_an_index_that_has_become_valid_since_is_left_alone(examine, sql, index):
     sql("CREATE INDEX twice_ccnew ON embeddings (source_id)")

@@ -11,7 +11,7 @@ from db.locks import LOCK_CLASS, Purpose
 from db.vector_index import leftovers
 
 INVALID = "SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid WHERE NOT indisvalid"
-REINDEXING = "SELECT count(*) FROM pg_stat_progress_create_index"
+REINDEXING = "SELECT count(*) FROM pg_stat_progress_create_index WHERE datname = current_database()"
 
 
 def outcomes(result):
@@ -91,7 +91,7 @@ def test_an_event_stops_it_at_once_and_no_invalid_index_stays(stale, held, sql, 
 def test_what_a_killed_rebuild_left_is_dropped_by_the_next_run(stale, held, sql, until):
     thread, results = in_background(lambda: stale.maintain(skip_cleanup=True, skip_compaction=True))
     until(lambda: sql(REINDEXING) == [(1,)] and sql(INVALID))
-    sql("SELECT pg_terminate_backend(pid) FROM pg_stat_progress_create_index")
+    sql("SELECT pg_terminate_backend(pid) FROM pg_stat_progress_create_index WHERE datname = current_database()")
     until(lambda: sql(REINDEXING) == [(0,)])
     held.rollback()
     thread.join(15)

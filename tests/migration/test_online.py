@@ -194,7 +194,10 @@ def test_nobody_queues_behind_a_migration_that_waits(empty_database_url, empty, 
 def test_the_fill_waits_for_no_row_while_it_holds_others(database_url):
     revision = ScriptDirectory.from_config(alembic_config()).get_revision("0002").module
     fill = revision.FILL.format(table="embeddings", update=revision.FILL_EMBEDDINGS)
-    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
+    waiting = """
+        SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+        WHERE datname = current_database() AND locktype = 'transactionid' AND NOT granted
+    """
     with psycopg.connect(database_url) as writer, psycopg.connect(database_url, autocommit=True) as filler:
         filler.execute("INSERT INTO embeddings (id, text) SELECT 'd' || n, 't' FROM generate_series(1, 9) AS n")
         writer.execute("UPDATE embeddings SET metadata = '{\"workspace\": \"w\"}' WHERE id = 'd9'")
