@@ -18,7 +18,7 @@ from db.vectors import BinaryVector, encode
 from tests.conftest import database_at, execute
 from tests.integration.real_texts import DIMENSIONS, nearest, scaled, vectors
 
-TEXTS, HELD_OUT = 6_000, 300
+TEXTS, HELD_OUT = 4_000, 300
 
 
 def documents(rows, prefix="d"):
