@@ -10,12 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
+from psycopg import sql
 
 ROOT = Path(__file__).parents[2]
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
@@ -126,3 +130,34 @@ def folder(tmp_path: Path) -> Path:
     )
     (made / "ships.txt").write_text("Ships sail across the ocean with cargo.")
     return made
+
+
+SCRATCH = "SELECT count(*) FROM pg_database WHERE datdba = to_regrole(%s) AND datname LIKE 'vectorkeep_benchmark_%%'"
+
+
+@pytest.fixture
+def admin(database_url: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def role(admin: psycopg.Connection[Any]) -> Iterator[str]:
+    """A superuser of this test's own: the scratch databases of others who test meanwhile are not its."""
+    name = f"vk_bench_{os.getpid()}_{token_hex(4)}"
+    admin.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN PASSWORD 'topsecret'").format(sql.Identifier(name)))
+    yield name
+    admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def benchmark_env(
+    env: dict[str, str], role: str, admin: psycopg.Connection[Any], database_url: str
+) -> Iterator[dict[str, str]]:
+    """The environment that names this test's database, as its own role. At the end nothing may have stayed."""
+    parts = urlsplit(database_url)
+    url = parts._replace(netloc=f"{role}:topsecret@{parts.netloc.rpartition('@')[2]}").geturl()
+    yield env | {"VECTORKEEP_DATABASE_URL": url}
+    assert admin.execute(SCRATCH, (role,)).fetchone() == (0,)
+    assert admin.execute("SELECT count(*) FROM embeddings").fetchone() == (0,)
+    assert admin.execute("SELECT count(*) FROM embedding_models").fetchone() == (0,)

