@@ -13,6 +13,7 @@ import db
 from db import search
 from db.errors import ValidationError
 from db.filters import Filter, compile_where
+from tests.fuzz.plain_where import passes
 
 D = 4
 QUERY = [1.0, 0.5, 0.25, 0.125]
@@ -171,60 +172,6 @@ wheres = st.recursive(
     ),
     max_leaves=4,
 )
-MISSING = object()
-
-
-def equal(left, right):
-    """JSON's equality: of one type, numbers by value, true is not 1."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, int | float) and isinstance(right, int | float):
-        return left == right
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(equal, left, right))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
-    return left == right
-
-
-def follows(value, operator, bound):
-    kinds = (str,) if isinstance(bound, str) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        return False
-    return {"$gt": value > bound, "$gte": value >= bound, "$lt": value < bound, "$lte": value <= bound}[operator]
-
-
-def compare(value, operator, operand):
-    match operator:
-        case "$eq":
-            return value is not MISSING and equal(value, operand)
-        case "$ne":
-            return not compare(value, "$eq", operand)
-        case "$in":
-            return any(compare(value, "$eq", item) for item in operand)
-        case "$nin":
-            return not compare(value, "$in", operand)
-        case "$exists":
-            return (value is not MISSING) is operand
-    return value is not MISSING and follows(value, operator, operand)
-
-
-def passes(metadata, where):
-    def entry(key, wanted):
-        if key == "$and":
-            return all(passes(metadata, part) for part in wanted)
-        if key == "$or":
-            return any(passes(metadata, part) for part in wanted)
-        if key == "$not":
-            return not passes(metadata, wanted)
-        value = metadata.get(key, MISSING)
-        if isinstance(wanted, dict) and any(k.startswith("$") for k in wanted):
-            return all(compare(value, operator, operand) for operator, operand in wanted.items())
-        return compare(value, "$eq", wanted)
-
-    return all(entry(key, wanted) for key, wanted in where.items())
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
