@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import psycopg
@@ -38,14 +39,14 @@ def argv(command):
 
 @pytest.fixture
 def shell(env, tmp_path):
-    """Runs a line as cron does: by sh, with a `vectorkeep` on the path."""
+    """Runs a line as cron does: by sh, with `vectorkeep` and the programs of the tests' environment on the path."""
     program = tmp_path / "bin" / "vectorkeep"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.join(forked())} "$@"\n')
     program.chmod(0o755)
 
     def run(line, **settings):
-        path = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+        path = {"PATH": os.pathsep.join([str(program.parent), sysconfig.get_path("scripts"), os.environ["PATH"]])}
         return subprocess.run(
             ["sh", "-c", line], cwd=ROOT, env=env | path | settings, capture_output=True, text=True, check=False
         )
