@@ -105,8 +105,10 @@ def prepare(document: Document | Mapping[str, Any], model: VectorCodec) -> Prepa
     item = hash_item(document)
     prepared = prepare_item(item, document.embedding, document.chunks, model)
     prepared.vector_given = bool(document.embedding_given)
-    prepared.created_at = _check_time("created_at", document.created_at)
-    prepared.updated_at = _check_time("updated_at", document.updated_at)
+    if document.created_at is not None:
+        prepared.created_at = _check_time("created_at", document.created_at)
+    if document.updated_at is not None:
+        prepared.updated_at = _check_time("updated_at", document.updated_at)
     return prepared
 
 
@@ -201,17 +203,17 @@ def canonical_metadata(metadata: Any) -> bytes:
 
     Raises ValidationError where it is not an object or would not read back as it was written.
     """
-    if not isinstance(metadata, Mapping):
-        raise ValidationError(f"metadata is {shown(metadata)}; expected an object")
     if (plain := _plain_json(metadata)) is not None:
         return plain
+    if not isinstance(metadata, Mapping):
+        raise ValidationError(f"metadata is {shown(metadata)}; expected an object")
     try:
         return orjson.dumps(json_value(metadata), option=orjson.OPT_SORT_KEYS)
     except BadJsonError as exc:
         raise ValidationError(f"metadata{exc.where} {exc.reason}") from None
 
 
-def _plain_json(metadata: Mapping[Any, Any]) -> bytes | None:
+def _plain_json(metadata: Any) -> bytes | None:
     """Flat and simple `metadata`, nearly all there is, as canonical JSON; None where it must be looked at closely."""
     if type(metadata) is not dict or not _PLAIN.issuperset(map(type, metadata.values())):
         return None
@@ -259,9 +261,7 @@ def chunks_hash(chunks: Sequence[PreparedChunk]) -> bytes:
     return digest.digest()
 
 
-def _check_time(name: str, value: Any) -> datetime | None:
-    if value is None:
-        return None
+def _check_time(name: str, value: Any) -> datetime:
     if not isinstance(value, datetime) or value.utcoffset() is None:
         raise ValidationError(f"{name} is {shown(value)}; expected a datetime with a time zone")
     if not _FIRST <= value <= _LAST:

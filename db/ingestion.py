@@ -6,7 +6,6 @@ embedder runs outside any transaction, and while one batch is written the next i
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -16,6 +15,7 @@ from psycopg import errors as pg
 
 from . import faults
 from .batch_codec import BatchCodec, vectors_of
+from .batch_writer import BatchWriter
 from .change_detection import ItemChange, changed_ids, changed_items
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
@@ -24,7 +24,7 @@ from .errors import ValidationError
 from .registry import StoreModel
 from .tally import Tally, batches
 from .transactions import LoggedWrite, retried, run_write
-from .types import Document, Item
+from .types import Document, Item, part_of
 from .upsert import Outcome, UpsertBatch
 from .values import shown
 
@@ -55,49 +55,48 @@ class Ingestion:
     def upsert(self, documents: Iterable[Document | Mapping[str, Any]], batch_size: int, tally: Tally) -> None:
         """Write `documents` batch by batch; one that is not valid or is refused never stops the others.
 
-        A load into an empty store compares nothing, as long as all it brings turns out to be new.
+        One batch is checked while the one before is written. A load into an empty store compares nothing, as long as
+        all it brings turns out to be new.
         """
         all_new = self._is_empty()
-        for batch in batches(iter(documents), batch_size):
-            codec = BatchCodec(self.model, vectors_of(batch))
-            checked = _checked(batch, lambda given, codec=codec: prepare(given, codec), tally)  # type: ignore[misc]
-            if all_new:
-                written = self._write(self._batch(checked, stored=frozenset()), tally)
-                all_new = all(outcome == "inserted" for outcome in written.values())
-            else:
-                self._write(self._changed_documents(checked, tally), tally)
-            self._done(tally, len(batch))
+        with BatchWriter[Mapping[str, Any]]() as writer:
+            for batch in batches(iter(documents), batch_size):
+                codec = BatchCodec(self.model, vectors_of(batch))
+                checked = _checked(writer.beside(batch), partial(prepare, model=codec), tally)
+                if all_new or writer.overlaps(checked):
+                    written = writer.finish() or {}
+                    all_new = all_new and all(outcome == "inserted" for outcome in written.values())
+                upsert = self._batch(checked, frozenset()) if all_new else self._changed_documents(checked, tally)
+                writer.finish()
+                write, done = partial(self._write, upsert, tally), partial(self._done, tally, len(batch))
+                writer.start(upsert.ids, write, done, at_once=len(batch) < batch_size)  # the last one, as a rule
 
     def embed(
         self, items: Iterable[Item | Mapping[str, Any]], embedder: TextEmbedder, batch_size: int, tally: Tally
     ) -> None:
         """Embed and write those of `items` whose text, metadata, source or model changed.
 
-        One batch is embedded while the one before is written. (Documents with vectors are not treated so:
-        checking them keeps Python's lock, and two threads that take turns at it are slower than one.)
+        One batch is embedded while the one before is written.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="vectorkeep-writer") as writer:
-            pending = _PendingWrite()
-            try:
-                for batch in batches(iter(items), batch_size):
-                    checked = _checked(batch, lambda given: hash_item(as_item(given)), tally)
-                    if pending.overlaps(checked):
-                        self._finish(pending, embedder, tally)  # it is compared with what that write leaves
-                    upsert = self._embed_changed(checked, embedder, tally)
-                    self._finish(pending, embedder, tally)
-                    write = writer.submit(self._write_found, upsert, checked, tally)
-                    pending = _PendingWrite(upsert.ids, write, partial(self._done, tally, len(batch)))
-            finally:
-                self._finish(pending, embedder, tally)
+        with BatchWriter[list[HashedItem]]() as writer:
+            for batch in batches(iter(items), batch_size):
+                checked = _checked(writer.beside(batch), lambda given: hash_item(as_item(given)), tally)
+                if writer.overlaps(checked):
+                    self._finish(writer, embedder, tally)  # it is compared with what that write leaves
+                upsert = self._embed_changed(checked, embedder, tally)
+                self._finish(writer, embedder, tally)
+                write, done = partial(self._write_found, upsert, checked, tally), partial(self._done, tally, len(batch))
+                writer.start(upsert.ids, write, done, at_once=len(batch) < batch_size)  # the last one, as a rule
+            self._finish(writer, embedder, tally)
 
     def _done(self, tally: Tally, inputs: int) -> None:
         """A batch is written, and nothing of the next one yet."""
         self.model.batch_written(inputs)
         tally.progress(inputs)
 
-    def _finish(self, pending: "_PendingWrite", embedder: TextEmbedder, tally: Tally) -> None:
+    def _finish(self, writer: BatchWriter[list[HashedItem]], embedder: TextEmbedder, tally: Tally) -> None:
         """Wait for a write. Items whose document was deleted, after its vector was found to stay, are embedded."""
-        gone = pending.finish()
+        gone = writer.finish()
         while gone:
             gone = self._write_found(self._embed_changed(gone, embedder, tally), gone, tally)
 
@@ -199,28 +198,7 @@ class Ingestion:
         return dict(outcomes)
 
 
-@dataclass(slots=True)
-class _PendingWrite:
-    """A write under way, the ids in it, and whom to tell when it is done."""
-
-    ids: Set[str] = frozenset()
-    future: "Future[list[HashedItem]] | None" = None
-    done: Callable[[], None] = lambda: None
-
-    def overlaps(self, items: Iterable[HashedItem]) -> bool:
-        return any(item.id in self.ids for item in items)
-
-    def finish(self) -> list[HashedItem]:
-        """What it returned, once it is done; its error is raised here, once."""
-        future, self.future = self.future, None
-        if future is None:
-            return []
-        gone = future.result()
-        self.done()
-        return gone
-
-
-def _checked(batch: Sequence[Any], check: Callable[[Any], H], tally: Tally) -> list[H]:
+def _checked(batch: Iterable[Any], check: Callable[[Any], H], tally: Tally) -> list[H]:
     """The valid ones of `batch`, the last of each id. The others are counted."""
     valid: dict[str, H] = {}
     for given in batch:
@@ -245,5 +223,5 @@ def _reason(exc: psycopg.Error) -> str:
 
 def _id_of(given: Any) -> str:
     """The id of an input that may be anything, for the list of errors."""
-    id_ = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
+    id_ = part_of(given, "id")
     return id_ if isinstance(id_, str) else shown(id_)

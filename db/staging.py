@@ -23,7 +23,7 @@ _DIGEST = _LENGTH(32)  # of a sha256
 _FIELDS = struct.Struct(">h").pack
 _PG_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _JSONB_VERSION = b"\x01"
-_BUFFER_BYTES = 256 * 1024
+_BUFFER_BYTES = 64 * 1024
 
 _DOCUMENT_COLUMNS = (
     "id", "source_id", "workspace", "text", "text_hash", "content_hash", "vector_hash", "chunks_hash",
@@ -103,14 +103,15 @@ def _copy(cursor: Cursor[Any], table: str, columns: Sequence[str], rows: Iterabl
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
         sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))
     )
-    buffer = bytearray(_HEADER)
+    waiting, size = [_HEADER], 0
     with cursor.copy(statement) as copy:
         for row in rows:
-            buffer += row
-            if len(buffer) >= _BUFFER_BYTES:
-                copy.write(bytes(buffer))
-                buffer.clear()
-        copy.write(bytes(buffer + _TRAILER))
+            waiting.append(row)
+            size += len(row)
+            if size >= _BUFFER_BYTES:
+                copy.write(b"".join(waiting))
+                waiting, size = [], 0
+        copy.write(b"".join([*waiting, _TRAILER]))
 
 
 def _document_rows(

@@ -2,11 +2,11 @@
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
-from .types import Progress
+from .types import Progress, part_of
 from .upsert import Outcome
 
 logger = logging.getLogger("vectorkeep")
@@ -29,7 +29,8 @@ class Tally:
 
     def __init__(self, total: int | None, on_progress: Progress | None) -> None:
         self._counts: Counter[str] = Counter()
-        self._outcomes: dict[str, Outcome] = {}
+        # The first key of a plain dict is found by passing over all the places where others were deleted.
+        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
         self.total = total
         self._on_progress = on_progress
         self._lock = threading.Lock()
@@ -50,12 +51,13 @@ class Tally:
 
     def add(self, outcomes: Mapping[str, Outcome]) -> None:
         with self._lock:
-            for id_, outcome in outcomes.items():
-                counted = self._replace(id_, outcome)
-                self._counts[counted] += 1
-                self._outcomes[id_] = counted
+            counted = outcomes
+            if not self._outcomes.keys().isdisjoint(outcomes):
+                counted = {id_: self._replace(id_, outcome) for id_, outcome in outcomes.items()}
+            self._counts.update(counted.values())
+            self._outcomes.update(counted)
             while len(self._outcomes) > _REMEMBERED:
-                del self._outcomes[next(iter(self._outcomes))]
+                self._outcomes.popitem(last=False)
 
     def _replace(self, id_: str, outcome: Outcome) -> Outcome:
         """What `outcome` means for the whole call, where an earlier batch had the same id."""
@@ -101,13 +103,9 @@ def batches(inputs: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _characters(given: Any) -> int:
     """How much text an input brings, with its chunks; 0 for what is no input at all. Asked for every input: fast."""
-    text, chunks = _part(given, "text"), _part(given, "chunks")
+    text, chunks = part_of(given, "text"), part_of(given, "chunks")
     characters = len(text) if isinstance(text, str) else 0
     if isinstance(chunks, list | tuple) and chunks:
-        texts = (_part(chunk, "text") for chunk in chunks)
+        texts = (part_of(chunk, "text") for chunk in chunks)
         characters += sum(len(text) for text in texts if isinstance(text, str))
     return characters
-
-
-def _part(given: Any, name: str) -> Any:
-    return given.get(name) if isinstance(given, dict | Mapping) else getattr(given, name, None)

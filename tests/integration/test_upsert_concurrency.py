@@ -5,9 +5,11 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 
 import db
+from db.locks import LOCK_CLASS, Purpose
 
 IDS = [f"id {n}" for n in range(40)]
 
@@ -164,3 +166,20 @@ def test_a_document_that_another_writer_made_equal_meanwhile_is_unchanged(store,
         assert first.result().inserted == 1
         assert (second.result().unchanged, second.result().failed) == (1, 0)
     assert sql("SELECT count(*) FROM write_log") == [(1,)]
+
+
+def test_the_next_batch_is_made_ready_while_one_is_written(store, database_url):
+    asked = threading.Event()
+
+    def documents():
+        yield from ({"id": f"{n}", "text": "x"} for n in range(2))
+        asked.set()
+        yield {"id": "2", "text": "x"}
+
+    with psycopg.connect(database_url) as other, ThreadPoolExecutor(1) as caller:
+        other.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_CLASS, int(Purpose.WRITERS)))
+        writing = caller.submit(store.batch_upsert, documents(), batch_size=2)
+        asked_in_time = asked.wait(10)
+        other.rollback()
+        assert writing.result().inserted == 3
+    assert asked_in_time

@@ -1,0 +1,74 @@
+"""One batch is written while the caller makes the next one ready."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from .documents import HashedItem
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+# So many inputs are made ready before the thread that writes may have the interpreter's lock. Of itself a thread that
+# computes gives it up every 5 ms only, and as long the server would wait for rows.
+_GIVE_WAY_EVERY = 64
+
+
+class BatchWriter(Generic[R]):
+    """A thread that writes, one batch at a time. As a context manager it ends with nothing under way."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectorkeep-writer")
+        self._ids: Set[str] = frozenset()
+        self._write: Future[R] | None = None
+        self._done: Callable[[], None]
+
+    def __enter__(self) -> "BatchWriter[R]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
+
+    def start(self, ids: Set[str], write: Callable[[], R], done: Callable[[], None], *, at_once: bool) -> None:
+        """Begin to `write` a batch with these ids. The one before must be finished.
+
+        at_once: nothing is to be made ready meanwhile. Then, and where there is nothing to write, no thread is used:
+        waking it would take longer.
+        """
+        self._ids, self._done = ids, done
+        if at_once or not ids:
+            written: Future[R] = Future()
+            written.set_result(write())
+            self._write = written
+        else:
+            self._write = self._thread.submit(write)
+
+    def beside(self, batch: Iterable[T]) -> Iterator[T]:
+        """The inputs of the next batch, to be made ready while the one before is written."""
+        for place, given in enumerate(batch):
+            if place % _GIVE_WAY_EVERY == 0 and self._write is not None and not self._write.done():
+                time.sleep(0)
+            yield given
+
+    def overlaps(self, items: Iterable[HashedItem]) -> bool:
+        """Whether the batch under way has one of the `items`: what is stored of them is not known before it ends."""
+        return self._write is not None and any(item.id in self._ids for item in items)
+
+    def finish(self) -> R | None:
+        """Wait for the batch under way, if there is one, and tell that it is done.
+
+        Returns what its write returned, once; what it raised is raised here.
+        """
+        write, self._write = self._write, None
+        if write is None:
+            return None
+        returned = write.result()
+        self._done()
+        return returned
