@@ -59,7 +59,8 @@ _BUILDING = """
       AND position(%(index)s IN coalesce(class.relname, activity.query)) > 0
     LIMIT 1
 """
-# Ours, the unique ones and the older ones are kept; another of the same kind over the same keys is needless.
+# Ours, the unique ones and the older ones are kept; another of the same kind over the same keys is needless. What is
+# not valid may be under construction; if not, it is no duplicate but broken.
 _DUPLICATES = """
     SELECT needless.indexrelid::regclass::text
     FROM pg_index AS kept JOIN pg_class AS kept_class ON kept_class.oid = kept.indexrelid
@@ -71,8 +72,7 @@ _DUPLICATES = """
       AND pg_get_expr(kept.indexprs, kept.indrelid)
           IS NOT DISTINCT FROM pg_get_expr(needless.indexprs, needless.indrelid)
       AND pg_get_expr(kept.indpred, kept.indrelid) IS NOT DISTINCT FROM pg_get_expr(needless.indpred, needless.indrelid)
-      AND NOT needless.indisunique AND needless_class.relname <> %(index)s
-      AND needless_class.relname !~ '_cc(new|old)[0-9]*$'
+      AND NOT needless.indisunique AND needless.indisvalid AND needless_class.relname <> %(index)s
       AND (kept.indisunique OR kept_class.relname = %(index)s OR kept.indexrelid < needless.indexrelid)
     GROUP BY needless.indexrelid ORDER BY needless.indexrelid
 """

@@ -177,6 +177,9 @@ def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
         _drop_leftover(connection, name)
         logger.warning("vector_index.not_built", extra={"index": name, "reason": str(exc).strip()})
         return False
+    except pg.DataError:  # a row that the index cannot take: what was begun would only be in the way
+        _drop_leftover(connection, name)
+        raise
     _record(connection, table, rows, started)
     return True
 

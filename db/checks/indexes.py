@@ -168,9 +168,8 @@ def index_health(examination: Examination) -> Iterator[Found]:
     reasons = [(report, reason) for report in reports for reason in report.findings if reason.rule not in _TOLD]
     for report, reason in reasons:
         judged = fail if reason.verdict == "critical" else warn
-        yield judged(
-            f"{report.name} is {reason.verdict}: {reason.evidence}", f"{reason.command}, or psql -c {reason.sql!r}"
-        )
+        ways = dict.fromkeys((reason.command, f"psql -c {reason.sql!r}"))  # for some rules the command is that SQL
+        yield judged(f"{report.name} is {reason.verdict}: {reason.evidence}", ", or ".join(ways))
     if not reasons:
         valid = ", ".join(
             f"{report.name}: {'about ' if report.estimated else ''}{report.indexed_rows} rows"

@@ -75,7 +75,8 @@ def rebuild(examination: Examination) -> Iterator[Found]:
         return f"cleared: {cleared}"
 
     if (left := unfinished_rebuild(examination.connection)) is not None:
-        yield warn(f"a rebuild was {left}; the store is as it was before", "vectorkeep doctor --fix", mend=mend)
+        store = "the store is as it was before" if left.state else "it had ended, and the store lacks nothing"
+        yield warn(f"a rebuild was {left}; {store}", "vectorkeep doctor --fix", mend=mend)
 
 
 CHECKS = (maintenance, pause, rebuild)

@@ -81,12 +81,19 @@ def run(database_url, *arguments, fault):
     )
 
 
+def told_by_the_doctor(store):
+    [finding] = [finding for finding in store.doctor() if finding.check == "rebuild"]
+    assert finding.status == "warn"
+    return finding.evidence
+
+
 @pytest.mark.parametrize("point", BEFORE_THE_SWAP)
 def test_killed_before_the_swap_the_old_store_is_intact(filled, admin, database_url, until, point):
     before, oids = contents(admin), admin.execute(OID).fetchall()
     killed = run(database_url, fault=f"{point}:kill")
     assert killed.returncode == -9, killed.stderr
     until(lambda: unfinished_rebuild(admin) is not None)  # the server has noticed
+    assert "the store is as it was before" in told_by_the_doctor(filled)
     assert contents(admin) == before
     assert admin.execute(OID).fetchall() == oids
     alembic.check(alembic_config(database_url))
@@ -113,6 +120,7 @@ def test_killed_right_after_the_swap_the_new_store_is_complete(filled, admin, da
     filled.search(query)
     assert run(database_url, fault="rebuild.swapped:kill").returncode == -9
     until(lambda: unfinished_rebuild(admin) is not None)
+    assert "it had ended, and the store lacks nothing" in told_by_the_doctor(filled)
     assert contents(admin) == before
     assert admin.execute(OID).fetchall() != oids
     assert previous_tables(admin) is not None

@@ -132,14 +132,17 @@ def fuzz_empty(fuzz_databases):
 
 @pytest.fixture
 def commands(fuzz_redis_url):
-    """All that Redis was asked while the test ran, as lists of words."""
+    """All that was asked of the Redis database while the test ran. MONITOR tells of the server's others as well."""
     seen = []
     ready = threading.Event()
 
     def watch():
         with redis.Redis.from_url(fuzz_redis_url) as client, client.monitor() as monitor:
             ready.set()
+            ours = client.get_connection_kwargs()["db"]
             for command in monitor.listen():
+                if command["db"] != ours:
+                    continue
                 seen.append(command["command"])
                 if "end-of-watch" in command["command"]:
                     return

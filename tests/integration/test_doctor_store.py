@@ -170,6 +170,15 @@ def test_a_key_of_the_tables_that_a_rebuild_replaced_is_not_taken_for_it(examine
     assert examine.statuses()["constraints"] == "fail"
 
 
+def test_a_vector_index_that_cannot_be_built_leaves_nothing_behind_and_is_told(examine, sql):
+    sql("DROP INDEX embeddings_vector_idx")
+    sql("UPDATE embeddings SET embedding = '[1,2,3]' WHERE id = (SELECT min(id) FROM embeddings)")
+    found = examine.one("vector indexes", fix=True)
+    assert (found.status, found.fixed) == ("fail", False)
+    assert "not fixed: expected 8 dimensions, not 3" in found.evidence
+    assert sql("SELECT to_regclass('embeddings_vector_idx')") == [(None,)]
+
+
 def test_a_vector_index_that_an_interrupted_bulk_load_left_out_is_built(examine, sql, database_url):
     sql("DROP INDEX embeddings_vector_idx")
     with psycopg.connect(database_url, autocommit=True) as loader:

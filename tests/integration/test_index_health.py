@@ -221,12 +221,12 @@ def test_an_index_made_a_moment_ago_is_not_unused(filled, sql, monkeypatch):
 
 @pytest.mark.every_server
 def test_needless_indexes_are_named(filled, sql):
-    sql("CREATE INDEX twin ON embeddings USING hnsw ((l2_normalize(embedding)::halfvec(8)) halfvec_ip_ops)")
+    sql("CREATE INDEX twin_ccnew ON embeddings USING hnsw ((l2_normalize(embedding)::halfvec(8)) halfvec_ip_ops)")
     sql("CREATE INDEX again ON chunks (source_id)")
     sql("CREATE INDEX not_the_same ON chunks (source_id) WHERE source_id <> 's'")
     sql("CREATE INDEX other_order ON chunks (source_id DESC)")
     assert broken(filled) == {("embeddings", "duplicate-index"), ("chunks", "duplicate-index")}
-    assert [index.duplicates for index in filled.get_statistics().indexes] == [["twin"], ["again"]]
+    assert [index.duplicates for index in filled.get_statistics().indexes] == [["twin_ccnew"], ["again"]]
     for index in filled.get_statistics().indexes:
         sql(index.findings[0].sql)
     assert broken(filled) == set()
