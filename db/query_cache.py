@@ -5,7 +5,9 @@ is valid only if `write_log` holds no write with that tag that the snapshot did 
 snapshot might have missed was pruned, and the store still lives the life that the answer was computed in:
 one statement asks all three, so whatever happens to Redis, and wherever a writer dies, no answer is older
 than an acknowledged write. In bounded mode the database is not
-asked: every write changes the tag's generation in Redis, and no answer is served beyond `bounded_ttl_s`.
+asked: every write changes the tag's generation in Redis, and no answer is served beyond `bounded_ttl_s`. Its age
+goes by the clock of Redis, from before it was computed: what it has left of its expiry says nothing, since a Redis
+that stood still takes a SET long after it was sent.
 
 Generations are random tokens, not counters: one that Redis evicted or lost never comes back by counting.
 """
@@ -13,7 +15,6 @@ Generations are random tokens, not counters: one that Redis evicted or lost neve
 import logging
 import math
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ from .types import Hit, SearchResult
 logger = logging.getLogger("vectorkeep")
 
 # What a cached value looks like. Part of its key: another version's values are never read.
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST_BYTES = 32
 
 # A hit that is so many transactions old is stored again as of now.
@@ -92,7 +93,10 @@ class CacheKey:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where an answer is to be stored: the place, and the life, generations and time before it was computed."""
+    """Where an answer is to be stored: the place, and the life, generations and time before it was computed.
+
+    opened: by the clock of Redis, in seconds.
+    """
 
     name: str
     key: str
@@ -125,7 +129,7 @@ class QueryCache:
         if self._database.identity is None:
             return None, None
         value, slot = self._read(key, self._database.identity)
-        if value is None or value["age_s"] > self._bounded_ttl_s:
+        if value is None or not 0 <= value["age_s"] <= self._bounded_ttl_s:  # below 0: that clock was set back
             return None, slot
         return _result(value), slot
 
@@ -172,8 +176,7 @@ class QueryCache:
                     "key": slot.key,
                     "generations": slot.generations,
                     "snapshot": snapshot,
-                    "ttl_s": self._ttl_s,
-                    "took_s": time.monotonic() - slot.opened,
+                    "opened": slot.opened,
                     "hits": [asdict(hit) for hit in result],
                     "complete": result.complete,
                     "exact": result.exact,
@@ -231,17 +234,17 @@ class QueryCache:
         text = key.text(identity)
         name = f"vectorkeep:{identity.store}:q:{sha256(text.encode()).hexdigest()}"
         names = [_generation_name(identity, tag) for tag in (key.tag, EVERYTHING)]
-        opened = time.monotonic()
         with self.breaker.guard():
             pipeline = self.client.pipeline(transaction=False)
             pipeline.mget([name, *names])
-            pipeline.pttl(name)
-            (raw, *tokens), ttl_ms = pipeline.execute()
+            pipeline.time()
+            (raw, *tokens), (seconds, microseconds) = pipeline.execute()
+            now = seconds + microseconds / 1e6
             generations = [
                 _token(token) if token else self._begin_generation(n) for n, token in zip(names, tokens, strict=True)
             ]
-            value = _decode(raw, text, generations, ttl_ms)
-            return value, Slot(name, text, identity.life, generations, opened)
+            value = _decode(raw, text, generations, now)
+            return value, Slot(name, text, identity.life, generations, now)
         return None, None
 
     def _begin_generation(self, name: str) -> str:
@@ -283,12 +286,12 @@ def decoded(raw: bytes | None) -> dict[str, Any] | None:
     return value
 
 
-def _decode(raw: bytes | None, key: str, generations: list[str], ttl_ms: int) -> dict[str, Any] | None:
-    """The stored value where it answers exactly `key` in these generations, with its age."""
+def _decode(raw: bytes | None, key: str, generations: list[str], now: float) -> dict[str, Any] | None:
+    """The stored value where it answers exactly `key` in these generations, with its age at `now`."""
     value = decoded(raw)
     if value is None or value["key"] != key or value["generations"] != generations:
         return None
-    value["age_s"] = value["took_s"] + value["ttl_s"] - ttl_ms / 1000
+    value["age_s"] = now - value["opened"]
     return value
 
 

@@ -1,7 +1,6 @@
 """The bounded cache: no question to the database, and no answer older than the bound."""
 
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -82,13 +81,32 @@ def test_an_answer_is_never_older_than_the_bound(opened, monkeypatch):
 
 
 def test_the_age_counts_from_before_the_answer_was_computed(opened, monkeypatch):
-    store = opened(bounded_ttl_s=5)
+    store = opened(bounded_ttl_s=1)
     store.batch_upsert([doc(1)])
-    now = iter((100.0, 106.0))  # its look-up, its fill: it took six seconds to compute
-    monkeypatch.setattr(query_cache, "time", SimpleNamespace(monotonic=lambda: next(now, 106.0)))
-    assert not search(store).cached
+    write = query_cache.QueryCache.store
+
+    def late(cache, *given):
+        time.sleep(1.1)
+        write(cache, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(query_cache.QueryCache, "store", late)
+        assert not search(store).cached
     assert not search(store).cached
     assert search(store).cached
+
+
+def test_the_age_does_not_go_by_the_expiry(opened, monkeypatch):
+    """An answer that is renewed where another has just been stored takes over the time which that one has left."""
+    monkeypatch.setattr(query_cache.QueryCache, "deliver_undelivered", lambda cache: 0)
+    writer, reader = opened(False), opened(bounded_ttl_s=1)
+    writer.batch_upsert([doc(1)])
+    search(reader)
+    writer.batch_upsert([doc(2)])
+    [name] = reader.cache_client.keys("vectorkeep:*:q:*")
+    time.sleep(1.1)
+    reader.cache_client.expire(name, 3600)
+    assert version(search(reader)) == 2
 
 
 def test_what_a_writer_could_not_deliver_another_process_does(opened, until, sql):

@@ -14,6 +14,7 @@ import redis
 
 import db
 from db import circuit_breaker
+from db.query_cache import QueryCache
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 # One wait for Redis takes 80 ms by its timeout; the rest is for a loaded machine.
@@ -165,6 +166,27 @@ def test_after_a_stop_the_cache_works_again_and_nothing_is_stale(server, opened,
     server.go_on()
     until(lambda: search(store) == (True, 2))
     until(lambda: sql("SELECT count(*) FROM write_log WHERE delivered_at IS NULL") == [(0,)])
+
+
+def test_an_answer_that_a_stopped_redis_took_late_is_as_old_as_it_is(server, opened, monkeypatch, until):
+    """Nobody waits for its SET any more, but Redis finds it in the socket when it goes on."""
+    monkeypatch.setattr(QueryCache, "deliver_undelivered", lambda cache: 0)
+    writer, reader = opened(False), opened(server.url, bounded_ttl_s=1)
+    writer.batch_upsert([doc(1)])
+    write = QueryCache.store
+
+    def stopped(cache, *given):
+        server.stop()
+        write(cache, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(QueryCache, "store", stopped)
+        assert search(reader, consistency="bounded") == (False, 1)
+    writer.batch_upsert([doc(2)])
+    time.sleep(1.1)
+    server.go_on()
+    until(lambda: server.client().keys("vectorkeep:*:q:*"))
+    assert search(opened(server.url, bounded_ttl_s=1), consistency="bounded")[1] == 2
 
 
 def test_a_killed_redis_that_comes_back_empty_is_filled_again(server, opened, short_rest, until):
