@@ -71,9 +71,10 @@ _STILL_TRUE_ASKED = (
 )
 
 # What a process delivered it marks within some seconds: only what is older was left by one that could not.
+_LEFT_AFTER_S = 5.0
 _UNDELIVERED = """
     SELECT id, tags FROM write_log
-    WHERE delivered_at IS NULL AND created_at < clock_timestamp() - interval '5 seconds'
+    WHERE delivered_at IS NULL AND created_at < clock_timestamp() - make_interval(secs => %s)
     ORDER BY id LIMIT 500
     FOR UPDATE SKIP LOCKED
 """
@@ -220,7 +221,7 @@ class QueryCache:
             self._database.connection(BACKGROUND_WAIT_S) as connection,
             connection.transaction(),
         ):
-            rows = connection.execute(_UNDELIVERED).fetchall()
+            rows = connection.execute(_UNDELIVERED, (_LEFT_AFTER_S,)).fetchall()
             tags = sorted({tag for _, write_tags in rows for tag in write_tags})
             if not rows or not self.invalidate(tags):
                 return 0

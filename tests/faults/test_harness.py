@@ -1,4 +1,4 @@
-"""The fault harness for half a minute, and the library broken on purpose: then it must find what is wrong.
+"""The fault harness for a quarter of a minute, and the library broken on purpose: then it must find what is wrong.
 
 Two minutes of it are a step of their own in .ci/run, an hour is `make faults`.
 """
@@ -22,7 +22,7 @@ def run(seed, seconds, **options):
 
 
 def test_nothing_is_lost_stale_or_half_under_faults():
-    report = run("continuous", 30, round_s=15)
+    report = run("continuous", 16, round_s=8)
     told = report.as_dict()
     assert report.ok, "\n".join(report.lines())
     assert told["faults_injected"] == told["faults_survived"] >= 5

@@ -5,7 +5,7 @@ import time
 import pytest
 
 import db
-from db import query_cache
+from db import metrics, query_cache
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 
@@ -27,6 +27,13 @@ def patience(monkeypatch):
     """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
     monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
     monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """What a writer could not deliver another process does at once, not after some seconds."""
+    monkeypatch.setattr(query_cache, "_LEFT_AFTER_S", 0.0)
+    monkeypatch.setattr(metrics, "_FLUSH_EVERY_S", 0.1)
 
 
 @pytest.fixture
@@ -109,7 +116,7 @@ def test_the_age_does_not_go_by_the_expiry(opened, monkeypatch):
     assert version(search(reader)) == 2
 
 
-def test_what_a_writer_could_not_deliver_another_process_does(opened, until, sql):
+def test_what_a_writer_could_not_deliver_another_process_does(opened, until, sql, soon):
     writer, reader = opened(False), opened(bounded_ttl_s=3000)
     writer.batch_upsert([doc(1)])
     search(reader)

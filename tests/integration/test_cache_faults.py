@@ -13,7 +13,7 @@ import pytest
 import redis
 
 import db
-from db import circuit_breaker
+from db import circuit_breaker, metrics, query_cache
 from db.query_cache import QueryCache
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
@@ -71,6 +71,13 @@ def server(tmp_path):
     server = RedisServer(tmp_path)
     yield server
     server.kill()
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """What a writer could not deliver another process does at once, not after some seconds."""
+    monkeypatch.setattr(query_cache, "_LEFT_AFTER_S", 0.0)
+    monkeypatch.setattr(metrics, "_FLUSH_EVERY_S", 0.1)
 
 
 @pytest.fixture
@@ -158,7 +165,7 @@ def test_nobody_listening_is_no_failure_of_a_search(opened, caplog):
     assert warnings(caplog) == ["cache.unavailable"]
 
 
-def test_after_a_stop_the_cache_works_again_and_nothing_is_stale(server, opened, short_rest, until, sql):
+def test_after_a_stop_the_cache_works_again_and_nothing_is_stale(server, opened, short_rest, until, sql, soon):
     store = filled(opened(server.url))
     server.stop()
     store.batch_upsert([doc(2)])
@@ -171,7 +178,8 @@ def test_after_a_stop_the_cache_works_again_and_nothing_is_stale(server, opened,
 def test_an_answer_that_a_stopped_redis_took_late_is_as_old_as_it_is(server, opened, monkeypatch, until):
     """Nobody waits for its SET any more, but Redis finds it in the socket when it goes on."""
     monkeypatch.setattr(QueryCache, "deliver_undelivered", lambda cache: 0)
-    writer, reader = opened(False), opened(server.url, bounded_ttl_s=1)
+    patient = {"redis_timeout_ms": 1000, "redis_connect_timeout_ms": 1000, "bounded_ttl_s": 1}
+    writer, reader = opened(False), opened(server.url, **patient)
     writer.batch_upsert([doc(1)])
     write = QueryCache.store
 
@@ -186,7 +194,7 @@ def test_an_answer_that_a_stopped_redis_took_late_is_as_old_as_it_is(server, ope
     time.sleep(1.1)
     server.go_on()
     until(lambda: server.client().keys("vectorkeep:*:q:*"))
-    assert search(opened(server.url, bounded_ttl_s=1), consistency="bounded")[1] == 2
+    assert search(opened(server.url, **patient), consistency="bounded")[1] == 2
 
 
 def test_a_killed_redis_that_comes_back_empty_is_filled_again(server, opened, short_rest, until):
@@ -211,7 +219,7 @@ def test_an_old_snapshot_of_redis_brings_no_old_answer_back(server, opened, shor
     assert {version for _, version in seen} == {2}
 
 
-def test_a_redis_that_only_the_writer_cannot_reach_hides_no_write(server, opened, until, sql):
+def test_a_redis_that_only_the_writer_cannot_reach_hides_no_write(server, opened, until, sql, soon):
     reader = filled(opened(server.url))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
