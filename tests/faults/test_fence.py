@@ -29,6 +29,8 @@ QUIET = {
     "maintenance_work_mem": "32MB",
 }
 
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
+
 
 def doc(version, source="a", id_="x"):
     return {"id": id_, "text": "t", "source_id": source, "metadata": {"version": version}, "embedding": QUERY}
@@ -94,13 +96,6 @@ class Server:
     def run(self, *command):
         done = subprocess.run([binary(command[0]), *command[1:]], check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

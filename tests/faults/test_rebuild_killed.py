@@ -2,7 +2,6 @@
 
 import subprocess
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,19 +47,6 @@ BEFORE_THE_SWAP = [
 def admin(database_url):
     with psycopg.connect(database_url, autocommit=True) as connection:
         yield connection
-
-
-@pytest.fixture
-def until():
-    """`until(condition)` polls until it is true, and fails the test where it never is."""
-
-    def wait(condition, within_s=15):
-        deadline = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < deadline, "this never came true"
-            time.sleep(0.02)
-
-    return wait
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What tests of a store look at it with: a connection of their own, and a way to wait without guessing."""
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,19 +40,6 @@ def url_as(database_url: str) -> Callable[[str, str], str]:
         return parts._replace(netloc=f"{role}:{password}@{parts.netloc.rpartition('@')[2]}").geturl()
 
     return url
-
-
-@pytest.fixture
-def until() -> Callable[..., None]:
-    """`until(condition)` polls until it is true, and fails the test where it never is."""
-
-    def wait(condition: Callable[[], Any], *, within_s: float = 15) -> None:
-        deadline = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < deadline, "this never came true"
-            time.sleep(0.02)
-
-    return wait
 
 
 @pytest.fixture

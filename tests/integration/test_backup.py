@@ -43,6 +43,8 @@ SHAPE = (_CATALOG, INDEXES, FUNCTIONS, RIGHTS, SECURITY)
 IN_THE_BACKGROUND = ("performance_metrics", "query_samples", "write_log")
 DUMP = ("--format=custom", "--exclude-schema=vectorkeep_*")  # as docs/operations.md has it
 
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
+
 
 def pg(name, *arguments):
     """Run a program of PostgreSQL's, as new as the newest server of the tests."""
@@ -53,13 +55,6 @@ def pg(name, *arguments):
     done = subprocess.run([program, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

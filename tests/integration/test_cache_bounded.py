@@ -9,6 +9,8 @@ from db import metrics, query_cache
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
+
 
 def doc(version, source="a", id_="x"):
     return {"id": id_, "text": "t", "source_id": source, "metadata": {"version": version}, "embedding": QUERY}
@@ -20,13 +22,6 @@ def search(store, source="a", **more):
 
 def version(result):
     return result[0].metadata["version"]
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

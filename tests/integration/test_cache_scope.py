@@ -11,12 +11,7 @@ from db.engine import StoreConnection
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 TENANTS = ("red", "blue")
 
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
 
 
 @pytest.fixture

@@ -14,17 +14,12 @@ QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 ASKED = [{"source_id": "a"}, {"source_id": "b"}, {"workspace": "w"}, {}]
 LONG_AGO = "UPDATE write_log SET created_at = now() - interval '1 day'"
 
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
+
 
 def doc(id_, source, version=0, workspace="w"):
     metadata = {"workspace": workspace, "version": version}
     return {"id": id_, "text": id_, "source_id": source, "metadata": metadata, "embedding": QUERY}
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

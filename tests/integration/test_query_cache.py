@@ -27,6 +27,8 @@ ASKED = {
     "chunks of a": {"source_id": "a", "level": "chunks"},
 }
 
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
+
 
 def doc(id_, source, workspace=None, value=1.0, **parts):
     metadata = {"workspace": workspace} if workspace else {}
@@ -60,13 +62,6 @@ def warm(store):
 
 def still_cached(store):
     return {name for name, asked in ASKED.items() if search(store, **asked).cached}
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
 
 
 @pytest.fixture

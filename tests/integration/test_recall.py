@@ -92,7 +92,7 @@ def ask(url, questions):
 
 def test_the_figure_of_stored_vectors_is_numpys_within_its_interval(texts_store, texts):
     stored, _ = texts
-    chosen = np.random.default_rng(5).choice(len(stored), 1500, replace=False)
+    chosen = np.random.default_rng(5).choice(len(stored), 800, replace=False)
     truth = numpys_recall(texts_store, stored, [(stored[n], n) for n in chosen], ef_search=15)
     reports = [texts_store.measure_recall(sample=100, ef_search=15) for _ in range(5)]
     # An interval of 95 % misses one time in twenty; three of five do so once in a thousand runs.

@@ -16,11 +16,7 @@ VECTOR = [1.0, *[0.0] * 7]
 PASSWORD = "s3cret-of-redis"
 DOC = Path(__file__).parents[2] / "docs" / "roles.md"
 
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
 
 
 def search_twice(database_url, redis_url):

