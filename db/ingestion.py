@@ -1,7 +1,7 @@
 """Ingestion: documents and items in batches, from the caller's iterable to committed rows.
 
 Each batch is checked, compared with what is stored, and only what differs is embedded and written. The
-embedder runs outside any transaction, and while one batch is written the next is embedded.
+embedder runs outside any transaction, and while one batch is written the next is made ready.
 """
 
 import logging
