@@ -14,6 +14,7 @@ from .benchmarks.report import COLUMNS, Figure
 from .benchmarks.rows import SyntheticVectors, TextVectors
 from .benchmarks.scratch import Scratch
 from .command import Cli
+from .exit_codes import ExitCode
 from .opening import target_url
 
 _ROWS = 20_000
@@ -73,17 +74,16 @@ def benchmark(
     seconds: Annotated[
         int | None, typer.Option(min=1, help="With --load: for how long, 60 by default; 600 to judge memory by.")
     ] = None,
-) -> None:
+) -> ExitCode | None:
     """Measure how fast this is, side by side with hand-written psycopg; with --load, how it bears many callers.
 
     Works in scratch databases on the server that is named, or the embedded one, and drops them at the end; no
-    store is touched. A target that is missed is said, and is no error.
+    store is touched. A target that is missed is said, and is no error; a call that fails under load is one.
     """
     of_load = {"--processes": processes, "--writers": writers, "--readers": readers, "--seconds": seconds}
     if load:
         _refuse({"--only": only, "--rounds": rounds, "--quick": quick or None}, "means nothing with --load")
-        measure_load(cli, processes, writers, readers, seconds, rows or _ROWS, dimensions)
-        return
+        return measure_load(cli, processes, writers, readers, seconds, rows or _ROWS, dimensions)
     _refuse(of_load, "means something only with --load")
     names = _checked_names(only)
     vectors = TextVectors() if dimensions is None else SyntheticVectors(dimensions)
@@ -96,6 +96,7 @@ def benchmark(
         run = Run(scratch, rows or (_QUICK_ROWS if quick else _ROWS), rounds or _ROUNDS, vectors, wide, cli.output.say)
         measure(run, names)
     _print(cli, run, where, round(time.perf_counter() - started, 1))
+    return None
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

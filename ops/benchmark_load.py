@@ -15,6 +15,7 @@ from .benchmarks.load.run import run_under_load
 from .benchmarks.machine import described, machine
 from .benchmarks.scratch import Scratch
 from .command import Cli, Common
+from .exit_codes import ExitCode
 from .opening import redis_url, target_url
 
 _PROCESSES, _WRITERS, _READERS, _SECONDS = 2, 2, 4, 60
@@ -28,8 +29,8 @@ def measure_load(
     seconds: int | None,
     rows: int,
     dimensions: int | None,
-) -> None:
-    """Run a load and print what it came to. An error of a call is counted and told, and is no error of the command."""
+) -> ExitCode | None:
+    """Run a load and print what it came to. Calls that fail stop nothing; they are counted, and told at the end."""
     writers, readers = (_WRITERS if writers is None else writers), (_READERS if readers is None else readers)
     if writers + readers == 0:
         raise typer.BadParameter("nobody would do anything; give at least one writer or reader", param_hint="--readers")
@@ -40,6 +41,7 @@ def measure_load(
             where = machine(connection)
         report = run_under_load(scratch, plan, cli.output.say)
     _print(cli, report, where)
+    return ExitCode.PARTIAL if report.errors() else None
 
 
 @contextmanager
