@@ -1,5 +1,6 @@
 """One batch is written while the caller makes the next one ready."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +18,15 @@ _GIVE_WAY_EVERY = 64
 
 
 class BatchWriter(Generic[R]):
-    """A thread that writes, one batch at a time. As a context manager it ends with nothing under way."""
+    """A thread that writes, one batch at a time. As a context manager it ends with nothing under way.
+
+    stopped: set where the caller is being ended, by Ctrl-C for one: a write that only waits gives up then.
+    """
 
     def __init__(self) -> None:
+        self.stopped = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectorkeep-writer")
+        self._first = True
         self._ids: Set[str] = frozenset()
         self._write: Future[R] | None = None
         self._done: Callable[[], None]
@@ -32,23 +38,28 @@ class BatchWriter(Generic[R]):
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.finish()
+            if kind is None or issubclass(kind, Exception):
+                self.finish()
+            else:  # nothing takes the place of what ends the caller
+                self.stopped.set()
         finally:
             self._thread.shutdown()
 
-    def start(self, ids: Set[str], write: Callable[[], R], done: Callable[[], None], *, at_once: bool) -> None:
-        """Begin to `write` a batch with these ids. The one before must be finished.
+    def start(self, ids: Set[str], write: Callable[[], R], done: Callable[[], None], *, full: bool) -> None:
+        """`write` a batch with these ids, in the thread. The one before must be finished.
 
-        at_once: nothing is to be made ready meanwhile. Then, and where there is nothing to write, no thread is used:
-        waking it would take longer.
+        Without the thread, and what it raises is raised here, where that would gain nothing: nothing is to be written,
+        or this is the first batch and not a full one, so probably the only one. Waking a thread takes longer.
         """
         self._ids, self._done = ids, done
-        if at_once or not ids:
-            written: Future[R] = Future()
-            written.set_result(write())
-            self._write = written
-        else:
-            self._write = self._thread.submit(write)
+        only, self._first = self._first and not full, False
+        self._write = self._submit(write) if ids and not only else _written(write)
+
+    def _submit(self, write: Callable[[], R]) -> "Future[R]":
+        try:
+            return self._thread.submit(write)
+        except RuntimeError:  # the main thread has ended, and with it no other thread may begin
+            return _written(write)
 
     def beside(self, batch: Iterable[T]) -> Iterator[T]:
         """The inputs of the next batch, to be made ready while the one before is written."""
@@ -72,3 +83,9 @@ class BatchWriter(Generic[R]):
         returned = write.result()
         self._done()
         return returned
+
+
+def _written(write: Callable[[], R]) -> "Future[R]":
+    written: Future[R] = Future()
+    written.set_result(write())
+    return written

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Event
 from typing import Any, Literal, TypeVar
 
 import psycopg
@@ -24,7 +25,7 @@ from .errors import ValidationError
 from .registry import StoreModel
 from .tally import Tally, batches
 from .transactions import LoggedWrite, retried, run_write
-from .types import Document, Item, part_of
+from .types import Document, Item
 from .upsert import Outcome, UpsertBatch
 from .values import shown
 
@@ -55,21 +56,22 @@ class Ingestion:
     def upsert(self, documents: Iterable[Document | Mapping[str, Any]], batch_size: int, tally: Tally) -> None:
         """Write `documents` batch by batch; one that is not valid or is refused never stops the others.
 
-        One batch is checked while the one before is written. A load into an empty store compares nothing, as long as
-        all it brings turns out to be new.
+        One batch is made ready while the one before is written. A load into an empty store compares nothing, as long
+        as all it brings turns out to be new.
         """
         all_new = self._is_empty()
         with BatchWriter[Mapping[str, Any]]() as writer:
             for batch in batches(iter(documents), batch_size):
+                if self.model.registered is None:  # who registers one builds its index, and waits for open writes
+                    all_new &= _all_inserted(writer.finish())
                 codec = BatchCodec(self.model, vectors_of(batch))
                 checked = _checked(writer.beside(batch), partial(prepare, model=codec), tally)
-                if all_new or writer.overlaps(checked):
-                    written = writer.finish() or {}
-                    all_new = all_new and all(outcome == "inserted" for outcome in written.values())
+                if all_new or self._must_finish(writer, checked):
+                    all_new &= _all_inserted(writer.finish())
                 upsert = self._batch(checked, frozenset()) if all_new else self._changed_documents(checked, tally)
                 writer.finish()
-                write, done = partial(self._write, upsert, tally), partial(self._done, tally, len(batch))
-                writer.start(upsert.ids, write, done, at_once=len(batch) < batch_size)  # the last one, as a rule
+                write = partial(self._write, upsert, tally, writer.stopped)
+                writer.start(upsert.ids, write, partial(self._done, tally, len(batch)), full=len(batch) == batch_size)
 
     def embed(
         self, items: Iterable[Item | Mapping[str, Any]], embedder: TextEmbedder, batch_size: int, tally: Tally
@@ -79,15 +81,27 @@ class Ingestion:
         One batch is embedded while the one before is written.
         """
         with BatchWriter[list[HashedItem]]() as writer:
-            for batch in batches(iter(items), batch_size):
-                checked = _checked(writer.beside(batch), lambda given: hash_item(as_item(given)), tally)
-                if writer.overlaps(checked):
-                    self._finish(writer, embedder, tally)  # it is compared with what that write leaves
-                upsert = self._embed_changed(checked, embedder, tally)
+            try:
+                for batch in batches(iter(items), batch_size):
+                    checked = _checked(writer.beside(batch), lambda given: hash_item(as_item(given)), tally)
+                    if self._must_finish(writer, checked):
+                        self._finish(writer, embedder, tally)
+                    upsert = self._embed_changed(checked, embedder, tally)
+                    self._finish(writer, embedder, tally)
+                    write = partial(self._write_found, upsert, checked, tally, writer.stopped)
+                    done = partial(self._done, tally, len(batch))
+                    writer.start(upsert.ids, write, done, full=len(batch) == batch_size)
+            except Exception:
                 self._finish(writer, embedder, tally)
-                write, done = partial(self._write_found, upsert, checked, tally), partial(self._done, tally, len(batch))
-                writer.start(upsert.ids, write, done, at_once=len(batch) < batch_size)  # the last one, as a rule
+                raise
             self._finish(writer, embedder, tally)
+
+    def _must_finish(self, writer: BatchWriter[Any], items: Iterable[HashedItem]) -> bool:
+        """Whether `items` can be compared with what is stored only after the write under way.
+
+        It has some of them, too; or there is one connection for both.
+        """
+        return self.database.settings.pool_max == 1 or writer.overlaps(items)
 
     def _done(self, tally: Tally, inputs: int) -> None:
         """A batch is written, and nothing of the next one yet."""
@@ -100,9 +114,11 @@ class Ingestion:
         while gone:
             gone = self._write_found(self._embed_changed(gone, embedder, tally), gone, tally)
 
-    def _write_found(self, upsert: UpsertBatch, items: Sequence[HashedItem], tally: Tally) -> list[HashedItem]:
+    def _write_found(
+        self, upsert: UpsertBatch, items: Sequence[HashedItem], tally: Tally, stopped: Event | None = None
+    ) -> list[HashedItem]:
         """Write the `upsert` made of `items`. Returns those of which nothing is stored any more to be updated."""
-        written = self._write(upsert, tally)
+        written = self._write(upsert, tally, stopped)
         return [item for item in items if item.id in upsert.update_only and item.id not in written]
 
     def compare(self, items: Iterable[Item | Mapping[str, Any]], model_id: str, batch_size: int, tally: Tally) -> None:
@@ -178,12 +194,16 @@ class Ingestion:
             [(may,)] = connection.execute(_MAY_WRITE).fetchall()
         return bool(may)
 
-    def _write(self, batch: UpsertBatch, tally: Tally) -> dict[str, Outcome | Literal["failed"]]:
+    def _write(
+        self, batch: UpsertBatch, tally: Tally, stopped: Event | None = None
+    ) -> dict[str, Outcome | Literal["failed"]]:
         """Write `batch`; one that the server refuses is halved until the culprit is alone."""
         if not batch.documents:
             return {}
         try:
-            outcomes: Mapping[str, Outcome] = run_write(self.database, batch.write, after_commit=self.after_commit)
+            outcomes: Mapping[str, Outcome] = run_write(
+                self.database, batch.write, after_commit=self.after_commit, stopped=stopped
+            )
         except psycopg.Error as exc:
             first, *others = batch.documents
             if not self._is_refusal(exc) or (not others and isinstance(exc, pg.QueryCanceled)):
@@ -193,9 +213,15 @@ class Ingestion:
                 return {first.id: "failed"}
             middle = len(batch.documents) // 2
             halves = batch.documents[:middle], batch.documents[middle:]
-            return {k: v for half in halves for k, v in self._write(replace(batch, documents=half), tally).items()}
+            written = (self._write(replace(batch, documents=half), tally, stopped) for half in halves)
+            return {id_: outcome for part in written for id_, outcome in part.items()}
         tally.add(outcomes)
         return dict(outcomes)
+
+
+def _all_inserted(written: Mapping[str, Any] | None) -> bool:
+    """Whether a write made new rows only; None is a write that there was not."""
+    return all(outcome == "inserted" for outcome in (written or {}).values())
 
 
 def _checked(batch: Iterable[Any], check: Callable[[Any], H], tally: Tally) -> list[H]:
@@ -223,5 +249,5 @@ def _reason(exc: psycopg.Error) -> str:
 
 def _id_of(given: Any) -> str:
     """The id of an input that may be anything, for the list of errors."""
-    id_ = part_of(given, "id")
+    id_ = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
     return id_ if isinstance(id_, str) else shown(id_)

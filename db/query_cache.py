@@ -7,7 +7,7 @@ one statement asks all three, so whatever happens to Redis, and wherever a write
 than an acknowledged write. In bounded mode the database is not
 asked: every write changes the tag's generation in Redis, and no answer is served beyond `bounded_ttl_s`. Its age
 goes by the clock of Redis, from before it was computed: what it has left of its expiry says nothing, since a Redis
-that stood still takes a SET long after it was sent.
+that stood still takes a SET long after it was sent. Where that clock is set back, answers may be so much older.
 
 Generations are random tokens, not counters: one that Redis evicted or lost never comes back by counting.
 """
@@ -130,7 +130,8 @@ class QueryCache:
         if self._database.identity is None:
             return None, None
         value, slot = self._read(key, self._database.identity)
-        if value is None or not 0 <= value["age_s"] <= self._bounded_ttl_s:  # below 0: that clock was set back
+        # An age below 0: the answer was stored before that clock was set back.
+        if value is None or not 0 <= value["age_s"] <= self._bounded_ttl_s:
             return None, slot
         return _result(value), slot
 

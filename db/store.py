@@ -187,9 +187,10 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """Insert or update `documents`, a batch a transaction; rows that did not change are not touched.
 
         A document that is not valid, or that the server refuses, is listed in `errors` and stops no other.
-        `documents` may be a generator of any length. `on_progress(processed, total)` is called after each batch,
-        which ends early where its texts come to 16 Mi characters. `bulk` decides whether vector indexes are built
-        after the rows, see `db.bulk_load`; only True raises BusyError, where another bulk load runs.
+        `documents` may be a generator of any length. It is read one batch ahead of what is written:
+        `on_progress(processed, total)` is called for a batch, or what its write raised is raised, once the next one was
+        read. A batch ends early where its texts come to 16 Mi characters. `bulk` decides whether vector indexes are
+        built after the rows, see `db.bulk_load`; only True raises BusyError, where another bulk load runs.
 
         Raises ValidationError for a bad argument; UnavailableError, ClosedError, PausedError, SchemaError or
         PermissionDeniedError where nothing more can be written. The batches before it are stored.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, TypeVar, cast
 
 import psycopg
@@ -119,16 +120,20 @@ def run_write(
     *,
     after_commit: Callable[[LoggedWrite], None],
     unlimited: bool = False,
+    stopped: Event | None = None,
 ) -> T:
     """Run `work` in one transaction and return what it returned, for certain committed.
 
     `work` may run several times and must have no effect outside its transaction. `after_commit` is called
     once, with the logged write, where anything was touched. `unlimited`: its statements may take any time, where
-    nobody can tell how many rows there are; for locks it waits no longer than any other.
+    nobody can tell how many rows there are; for locks it waits no longer than any other. Once `stopped` is set it waits
+    for the end of a pause no more.
 
     Raises PausedError while ingestion is paused; with the setting `on_pause` "wait", once `pause_wait_s` are over.
     """
-    outcome, logged = waiting_for_resume(lambda: retried(lambda: _run_once(database, work, unlimited)), database)
+    outcome, logged = waiting_for_resume(
+        lambda: retried(lambda: _run_once(database, work, unlimited)), database, stopped
+    )
     if logged is not None:
         faults.point("write.committed")
         after_commit(logged)
@@ -171,7 +176,7 @@ def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedW
     return LoggedWrite(log_id, list(tags))
 
 
-def waiting_for_resume(write: Callable[[], R], database: Database) -> R:
+def waiting_for_resume(write: Callable[[], R], database: Database, stopped: Event | None = None) -> R:
     """`write()`, tried again when a pause ends, where the setting `on_pause` says so. Raises PausedError."""
     settings = database.settings
     deadline = time.monotonic() + settings.pause_wait_s
@@ -186,7 +191,10 @@ def waiting_for_resume(write: Callable[[], R], database: Database) -> R:
         while retried(lambda: _is_paused(database)):
             if time.monotonic() >= deadline:
                 raise PausedError(f"waited {settings.pause_wait_s:g} s: {paused}") from paused
-            time.sleep(_PAUSE_POLL_S)
+            if stopped is None:
+                time.sleep(_PAUSE_POLL_S)
+            elif stopped.wait(_PAUSE_POLL_S):
+                raise paused
 
 
 def _is_paused(database: Database) -> bool:

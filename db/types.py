@@ -73,7 +73,7 @@ def part_of(given: Any, name: str) -> Any:
     """A part of an input as callers give them, ready-made or a mapping; None where it has none. Checks nothing."""
     if isinstance(given, _READY_MADE):  # before the mappings, which take longer to tell
         return getattr(given, name, None)
-    return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+    return given.get(name) if isinstance(given, Mapping) else None
 
 
 class Embedder(Protocol):

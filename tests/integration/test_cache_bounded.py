@@ -83,12 +83,12 @@ def test_an_answer_is_never_older_than_the_bound(opened, monkeypatch):
 
 
 def test_the_age_counts_from_before_the_answer_was_computed(opened, monkeypatch):
-    store = opened(bounded_ttl_s=1)
+    store = opened(bounded_ttl_s=2)
     store.batch_upsert([doc(1)])
     write = query_cache.QueryCache.store
 
     def late(cache, *given):
-        time.sleep(1.1)
+        time.sleep(2.1)
         write(cache, *given)
 
     with monkeypatch.context() as patched:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -179,6 +180,18 @@ def test_a_patient_writer_waits_for_the_end(store, patient, sql, caplog, until):
         store.resume_ingestion()
         assert writing.result(timeout=10).inserted == 1
         assert counting.result(timeout=10) in (0, 1)
+
+
+def test_a_patient_load_that_is_interrupted_waits_no_longer(store, patient):
+    def documents():
+        yield from (document(number) for number in range(2, 4))
+        raise KeyboardInterrupt
+
+    store.pause_ingestion("backup")
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        patient.batch_upsert(documents(), batch_size=2)
+    assert time.monotonic() - begun < 15, "as long as it would have waited otherwise"
 
 
 def test_a_patient_transaction_waits_with_nothing_open_and_holds_no_connection(store, database_url, sql, caplog, until):
