@@ -123,17 +123,19 @@ def _check_document(read, id_, history, findings, bounded_ttl_s):
     seen = read["seen"].get(id_)
     if _explained(read, history, seen, 0):
         return
+    as_of = ""
     if read["mode"] == "bounded":
         for age in history.ages(read["start"]):
             if _explained(read, history, seen, age):
                 findings.bounded_staleness_ms = max(findings.bounded_staleness_ms, age / 1e6)
                 if age <= bounded_ttl_s * 1e9:
                     return
+                as_of = f", as it was {age / 1e6:.3f} ms before"
                 break
     possible = [(v.number, v.source) for v in history.possible(read["start"], read["end"])]
     findings.stale.append(
         f"{read['mode']} read {read['filter']} ({'cached' if read['cached'] else 'computed'}) at {read['start']} "
-        f"found version {seen} of {id_}; possible were {possible[:4]}"
+        f"found version {seen} of {id_}; possible were {possible[:4]}{as_of}"
     )
 
 

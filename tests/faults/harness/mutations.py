@@ -53,14 +53,14 @@ def _forget():
     """One batch in ten is acknowledged and rolled back."""
     run_write = db.ingestion.run_write
 
-    def forgetful(database, work, *, after_commit):
+    def forgetful(database, work, **options):
         def undone(transaction):
             raise _Undone(work(transaction))
 
         if random.random() > 0.1:
-            return run_write(database, work, after_commit=after_commit)
+            return run_write(database, work, **options)
         try:
-            return run_write(database, undone, after_commit=after_commit)
+            return run_write(database, undone, **options)
         except _Undone as exc:
             return exc.args[0]
 
