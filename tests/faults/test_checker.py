@@ -3,9 +3,11 @@
 import pytest
 
 from tests.faults.harness import content
-from tests.faults.harness.checker import Findings, Version, check_reads, check_stored, histories_of
+from tests.faults.harness.checker import Findings, History, Version, check_reads, check_stored, histories_of
 
-BASELINE = {"d0-0": Version(1, "s0")}
+
+def baseline():
+    return {"d0-0": History(Version(1, "s0", 0, 0))}
 
 
 def write(at, acked, version, source="s0", id_="d0-0", failed=()):
@@ -19,7 +21,7 @@ def read(start, end, seen, mode="strict", filter=None, **more):
 
 def findings_of_reads(operations, *reads, bounded_ttl_s=1):
     findings = Findings()
-    check_reads(reads, histories_of(operations, reads, BASELINE), findings, bounded_ttl_s)
+    check_reads(reads, histories_of(operations, reads, baseline()), findings, bounded_ttl_s)
     return findings
 
 
@@ -29,7 +31,7 @@ def findings_of_rows(operations, documents, chunks=None):
         chunks = [
             (id_, None, n, text) for id_, _, v, _ in documents for n, text in enumerate(content.chunk_texts(id_, v))
         ]
-    check_stored(documents, chunks, histories_of(operations, [], BASELINE), findings)
+    check_stored(documents, chunks, histories_of(operations, [], baseline()), findings)
     return findings
 
 
@@ -137,3 +139,24 @@ def test_what_is_stored_twice_or_by_nobody():
     chunks = [("d0-0", None, 0, text) for text in content.chunk_texts("d0-0", 2)]
     assert findings_of_rows(ACKED, [row(2)], chunks).twice
     assert findings_of_rows(ACKED, [row(2), row(1, id_="unheard of")]).other
+
+
+@pytest.mark.parametrize(("start", "told"), [(25, []), (35, ["as it was 0.000 ms before"])])
+def test_an_answer_of_the_round_before_is_as_old_as_it_is(start, told):
+    """Version 2 was known from 20 on, and the bound is 10: at 25 a cached answer may still have version 1."""
+    before = histories_of(ACKED, [], baseline())
+    later = {id_: history.continued(Version(2, "s0"), 30) for id_, history in before.items()}
+    findings = Findings()
+    late = read(start, start + 1, {"d0-0": 1}, "bounded", cached=True)
+    check_reads([late], histories_of([], [late], later), findings, 10e-9)
+    assert len(findings.stale) == len(told)
+    assert all(part in sentence for part, sentence in zip(told, findings.stale, strict=True))
+
+
+def test_a_round_counts_only_its_own_versions():
+    before = histories_of(ACKED, [], baseline())
+    later = {id_: history.continued(Version(2, "s0"), 30) for id_, history in before.items()}
+    findings = Findings()
+    chunks = [("d0-0", None, n, text) for n, text in enumerate(content.chunk_texts("d0-0", 3))]
+    check_stored([row(3)], chunks, histories_of([write(40, 50, 3)], [], later), findings)
+    assert (findings.clean, findings.acknowledged, findings.unacknowledged) == (True, 1, 0)

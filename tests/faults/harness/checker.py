@@ -29,14 +29,23 @@ class Version:
 
 
 ABSENT = Version(0, None, 0, 0)
+_KEPT = 50  # more than one document gets within the bound on the age of an answer
 
 
 class History:
     """The versions of one document in their order."""
 
-    def __init__(self, baseline=ABSENT):
-        self.versions = [Version(baseline.number, baseline.source, 0, 0)]
+    def __init__(self, baseline=ABSENT, earlier=()):
+        """earlier: versions of the round before, which a cached answer may show for a while."""
+        self.versions = [*earlier, baseline]
+        self.of_before = len(self.versions)
         self._times, self._floors = [], []
+
+    def continued(self, stored, at):
+        """The history of the next round, which begins with the version that was found stored then."""
+        known = next((v.known for v in self.versions if (v.number, v.source) == (stored.number, stored.source)), None)
+        earlier = [version for version in self.versions if version.number < stored.number][-_KEPT:]
+        return History(Version(stored.number, stored.source, at if known is None else known, known or at), earlier)
 
     def add(self, version):
         self.versions.append(version)
@@ -90,7 +99,7 @@ class Findings:
 
 def histories_of(operations, reads, baseline):
     """The history of every document: intents and acknowledgements, and what strict reads have seen."""
-    histories = {id_: History(version) for id_, version in baseline.items()}
+    histories = dict(baseline)  # as `continued` made them
     for operation in sorted(operations, key=lambda operation: operation["at"]):
         for id_, (number, source) in operation["documents"].items():
             acked = None if id_ in operation["failed"] else operation["acked"]
@@ -187,7 +196,7 @@ def _chunks_by_document(chunks, stored, findings):
 
 def _check_row(id_, history, stored, texts, findings):
     possible = history.possible(FOREVER, FOREVER)
-    for version in history.versions[1:]:
+    for version in history.versions[history.of_before :]:
         findings.acknowledged += version.known is not None
         findings.unacknowledged += version.known is None
     if id_ not in stored:

@@ -10,7 +10,7 @@ import redis
 import db
 
 from . import content
-from .checker import Version, check_reads, check_stored, histories_of
+from .checker import check_reads, check_stored, histories_of
 from .crew import SETTINGS, Crew, seeded
 from .faults import World, deck
 from .ledger import Ledger, now
@@ -83,7 +83,7 @@ def _round(servers, plan, report, rng, faults, baseline, seconds):
     ledger = Ledger()
     crew = Crew(
         servers, ledger, rng, writers=plan.writers, readers=plan.readers, mutations=plan.mutations,
-        baseline={id_: [version.number, version.source] for id_, version in baseline.items()},
+        baseline={id_: [history.versions[-1].number, history.versions[-1].source] for id_, history in baseline.items()},
         at_points=plan.at_points,
     )  # fmt: skip
     began = now()
@@ -141,7 +141,7 @@ def _check(servers, ledger, baseline, report):
         histories = histories_of(ledger.operations, ledger.reads, baseline)
         check_reads(ledger.reads, histories, findings, SETTINGS["bounded_ttl_s"])
         stored = check_stored(documents, chunks, histories, findings)
-        stored = {id_: Version(v.number, v.source) for id_, v in stored.items()}
+        baseline = {id_: histories[id_].continued(version, now()) for id_, version in stored.items()}
         _check_store(store, connection, documents, chunks, findings)
     for operation in ledger.operations:
         report.operations[operation["kind"]] += operation["acked"] is not None
@@ -149,7 +149,7 @@ def _check(servers, ledger, baseline, report):
         report.refused[error["name"]] += 1
         if not error["known"]:
             report.unexpected.append(f"{error['kind']} raised {error['name']}: {error['text']}")
-    return stored
+    return baseline
 
 
 def _wait_for_sessions_to_end(connection):
