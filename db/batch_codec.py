@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import vectors
+from .documents import part_of
 from .embedding_model import Model
 from .registry import StoreModel
-from .types import part_of
 
 # So many fit into a processor's cache.
 _AT_ONCE = 64

@@ -58,7 +58,8 @@ class BatchWriter(Generic[R]):
     def _submit(self, write: Callable[[], R]) -> "Future[R]":
         try:
             return self._thread.submit(write)
-        except RuntimeError:  # the main thread has ended, and with it no other thread may begin
+        except RuntimeError:  # the main thread has ended, and with it no other thread may begin; or there are too many
+            self._thread.shutdown(cancel_futures=True)
             return _written(write)
 
     def beside(self, batch: Iterable[T]) -> Iterator[T]:

@@ -23,6 +23,7 @@ _PLAIN = frozenset((str, int, bool, type(None)))
 # Within a day of these a session's time zone may be in a year that Python does not have.
 _FIRST, _LAST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)
 _ESCAPED_NUL = b"\\u0000"
+_READY_MADE = (Document, Item, DocumentChunk)
 
 
 # The classes of this file are made once for every input: frozen ones would take three times as long to make.
@@ -146,6 +147,13 @@ def prepare_item(item: HashedItem, embedding: Any, chunks: Any, model: VectorCod
 
 def vector_hash(model_id: str, vector: bytes) -> bytes:
     return sha256(model_id.encode() + b"\0" + vector).digest()
+
+
+def part_of(given: Any, name: str) -> Any:
+    """A part of an input as callers give them, ready-made or a mapping; None where it has none. Checks nothing."""
+    if isinstance(given, _READY_MADE):  # before the mappings, which take longer to tell
+        return getattr(given, name, None)
+    return given.get(name) if isinstance(given, Mapping) else None
 
 
 def as_document(value: Document | Mapping[str, Any]) -> Document:

@@ -131,7 +131,7 @@ class QueryCache:
             return None, None
         value, slot = self._read(key, self._database.identity)
         # An age below 0: the answer was stored before that clock was set back.
-        if value is None or not 0 <= value["age_s"] <= self._bounded_ttl_s:
+        if value is None or slot is None or not 0 <= slot.opened - value["opened"] <= self._bounded_ttl_s:
             return None, slot
         return _result(value), slot
 
@@ -245,7 +245,7 @@ class QueryCache:
             generations = [
                 _token(token) if token else self._begin_generation(n) for n, token in zip(names, tokens, strict=True)
             ]
-            value = _decode(raw, text, generations, now)
+            value = _decode(raw, text, generations)
             return value, Slot(name, text, identity.life, generations, now)
         return None, None
 
@@ -288,12 +288,11 @@ def decoded(raw: bytes | None) -> dict[str, Any] | None:
     return value
 
 
-def _decode(raw: bytes | None, key: str, generations: list[str], now: float) -> dict[str, Any] | None:
-    """The stored value where it answers exactly `key` in these generations, with its age at `now`."""
+def _decode(raw: bytes | None, key: str, generations: list[str]) -> dict[str, Any] | None:
+    """The stored value where it answers exactly `key` in these generations."""
     value = decoded(raw)
     if value is None or value["key"] != key or value["generations"] != generations:
         return None
-    value["age_s"] = now - value["opened"]
     return value
 
 

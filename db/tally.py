@@ -6,7 +6,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
-from .types import Progress, part_of
+from .documents import part_of
+from .types import Progress
 from .upsert import Outcome
 
 logger = logging.getLogger("vectorkeep")

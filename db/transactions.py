@@ -178,7 +178,7 @@ def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedW
 
 def waiting_for_resume(write: Callable[[], R], database: Database, stopped: Event | None = None) -> R:
     """`write()`, tried again when a pause ends, where the setting `on_pause` says so. Raises PausedError."""
-    settings = database.settings
+    settings, stopped = database.settings, stopped or Event()
     deadline = time.monotonic() + settings.pause_wait_s
     while True:
         try:
@@ -191,9 +191,7 @@ def waiting_for_resume(write: Callable[[], R], database: Database, stopped: Even
         while retried(lambda: _is_paused(database)):
             if time.monotonic() >= deadline:
                 raise PausedError(f"waited {settings.pause_wait_s:g} s: {paused}") from paused
-            if stopped is None:
-                time.sleep(_PAUSE_POLL_S)
-            elif stopped.wait(_PAUSE_POLL_S):
+            if stopped.wait(_PAUSE_POLL_S):
                 raise paused
 
 

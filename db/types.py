@@ -66,16 +66,6 @@ class Item:
     source_id: str = "batch"
 
 
-_READY_MADE = (Document, Item, DocumentChunk)
-
-
-def part_of(given: Any, name: str) -> Any:
-    """A part of an input as callers give them, ready-made or a mapping; None where it has none. Checks nothing."""
-    if isinstance(given, _READY_MADE):  # before the mappings, which take longer to tell
-        return getattr(given, name, None)
-    return given.get(name) if isinstance(given, Mapping) else None
-
-
 class Embedder(Protocol):
     """Turns texts into vectors. `model_id` names the model for good: other vectors, other name."""
 
