@@ -142,6 +142,10 @@ def fuzz_redis_url(servers: Any, worker_number: int) -> str:
     return with_redis_database(servers.redis_url(), 8 + worker_number)
 
 
+# A loaded machine is no stopped Redis: what these tests store is large.
+SETTINGS = {"maintenance_on_close": False, "redis_timeout_ms": 10_000, "redis_connect_timeout_ms": 10_000}
+
+
 class Embedder(Counting):
     dimensions = DIMENSIONS
 
@@ -151,7 +155,7 @@ class Embedder(Counting):
 
 @pytest.fixture(scope="session")
 def session_store(fuzz_url: str, fuzz_redis_url: str) -> Iterator[db.VectorStore]:
-    with db.connect(fuzz_url, fuzz_redis_url, embedder=Embedder("fuzz"), maintenance_on_close=False) as opened:
+    with db.connect(fuzz_url, fuzz_redis_url, embedder=Embedder("fuzz"), **SETTINGS) as opened:
         # The first write registers the model. Before it a store knows no distance, and finds nothing near any query.
         opened.embed_batch([db.Item("first", "text")])
         opened.delete(["first"])
