@@ -93,7 +93,7 @@ def from_driver(exc: BaseException) -> VectorKeepError | None:
         case pg.UndefinedTable() | pg.UndefinedColumn() | pg.UndefinedFunction() | pg.UndefinedObject():
             return SchemaError(f"{text}; bring the schema to head with 'vectorkeep migrate'")
         case pg.QueryCanceled():
-            return UnavailableError(f"{text}; raise statement_timeout_s if this much time is expected")
+            return UnavailableError(f"{text}; if its time was over and that is expected, raise statement_timeout_s")
         case pg.LockNotAvailable():
             return BusyError(f"{text}; another session holds the lock, try again when it has finished")
         case psycopg_pool.PoolClosed():

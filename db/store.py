@@ -401,8 +401,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """The `k` nearest documents or chunks to a vector, or to a text that the store's embedder embeds.
 
         Fewer than `k` come back only where no more exist that pass the filters. Where few pass, all of them are
-        compared; if that takes longer than `statement_timeout_s`, what the index brought comes back and `complete`
-        is False. An answer from the cache is as fresh as one from the database, unless `consistency` is "bounded".
+        compared; if that takes longer than `statement_timeout_s`, or is cancelled, what the index brought comes back
+        and `complete` is False. An answer from the cache is as fresh as one from the database, unless `consistency`
+        is "bounded".
 
         Raises ValidationError for a bad filter, k or vector; DimensionError for one of another length;
         UnavailableError where the time is over and the index brought nothing, or was not to be asked.

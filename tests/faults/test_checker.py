@@ -15,7 +15,7 @@ def write(at, acked, version, source="s0", id_="d0-0", failed=()):
 
 
 def read(start, end, seen, mode="strict", filter=None, **more):
-    more = {"cached": False, "half": [], "twice": [], "ids": None} | more
+    more = {"cached": False, "complete": True, "half": [], "twice": [], "ids": None} | more
     return {"start": start, "end": end, "seen": seen, "mode": mode, "filter": filter or {}, **more}
 
 
@@ -57,6 +57,7 @@ DELETED = [write(10, 20, 2, None)]
         (DELETED, read(21, 22, {})),
         (ACKED, read(21, 22, {}, filter={"source_id": "s1"})),
         (ACKED, read(21, 22, {}, filter={"workspace": "w1"})),
+        (ACKED, read(21, 22, {}, complete=False)),
         ([write(10, 20, 2, failed=("d0-0",))], read(21, 22, {"d0-0": 1})),
     ],
 )
@@ -73,6 +74,7 @@ def test_a_read_that_can_be_explained(operations, seen):
         (DELETED, read(21, 22, {"d0-0": 1})),
         (ACKED, read(21, 22, {}, filter={"workspace": "w0"})),
         (ACKED, read(21, 22, {"d0-0": 2}, filter={"source_id": "s1"})),
+        (ACKED, read(21, 22, {"d0-0": 1}, complete=False)),
     ],
 )
 def test_a_stale_read(operations, seen):

@@ -86,7 +86,7 @@ class Findings:
     half: list = field(default_factory=list)
     twice: list = field(default_factory=list)
     other: list = field(default_factory=list)
-    reads: Counter = field(default_factory=Counter)  # by mode, and "cached"
+    reads: Counter = field(default_factory=Counter)  # by mode, and "cached" or "incomplete"
     bounded_staleness_ms: float = 0.0
     acknowledged: int = 0
     unacknowledged: int = 0
@@ -119,6 +119,7 @@ def check_reads(reads, histories, findings, bounded_ttl_s):
     for read in reads:
         findings.reads[read["mode"]] += 1
         findings.reads[f"{read['mode']} cached"] += bool(read["cached"])
+        findings.reads[f"{read['mode']} incomplete"] += not read["complete"]
         findings.half += [f"a read: {problem}" for problem in read["half"]]
         findings.twice += [f"a read: {problem}" for problem in read["twice"]]
         for id_ in read["seen"].keys() - histories.keys():
@@ -152,7 +153,8 @@ def _explained(read, history, seen, age):
     possible = history.possible(read["start"] - age, read["end"])
     if seen is not None:
         return any(v.number == seen and _matches(read["filter"], v) for v in possible)
-    return any(not _matches(read["filter"], v) for v in possible)
+    # One that was cancelled says itself that something is missing.
+    return not read["complete"] or any(not _matches(read["filter"], v) for v in possible)
 
 
 def _matches(wanted, version):

@@ -74,6 +74,13 @@ def cancel_active(world):
     return _strike_active(world, lambda connection, pid: connection.execute("SELECT pg_cancel_backend(%s)", (pid,)))
 
 
+@fault("postgres", "pg_cancel_backend in a search")
+def cancel_search(world):
+    """The answer that an index scan began may come back then, told to be incomplete."""
+    strike = lambda connection, pid: connection.execute("SELECT pg_cancel_backend(%s)", (pid,))  # noqa: E731
+    return _strike_active(world, strike, "query LIKE '%SELECT pg_current_snapshot()::text, (SELECT%'")
+
+
 @fault("postgres", "kill -9 of a backend in a transaction")
 def kill_backend(world):
     struck = _strike_active(world, lambda _, pid: os.kill(pid, signal.SIGKILL))
@@ -84,7 +91,7 @@ def kill_backend(world):
 @fault("postgres", "kill -9 of a backend in COPY or COMMIT")
 def kill_backend_in_copy(world):
     strike = lambda _, pid: os.kill(pid, signal.SIGKILL)  # noqa: E731
-    struck = _strike_active(world, strike, "(query ILIKE 'COPY%%' OR query ILIKE 'COMMIT%%')")
+    struck = _strike_active(world, strike, "(query ILIKE 'COPY%' OR query ILIKE 'COMMIT%')")
     world.servers.wait_until_postgres_serves()
     return struck
 

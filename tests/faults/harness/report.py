@@ -88,7 +88,8 @@ class Report:
         yield f"  document versions acknowledged {told['writes_acknowledged']:9}   lost {told['acknowledged_lost']}"
         yield f"  not acknowledged               {told['writes_unacknowledged']:9}   half {told['half_documents']}"
         for mode in ("strict", "bounded"):
-            yield f"  {mode + ' reads':30} {reads.get(mode, 0):9}   from the cache {reads.get(f'{mode} cached', 0)}"
+            all_, cached, cut = (reads.get(f"{mode}{what}", 0) for what in ("", " cached", " incomplete"))
+            yield f"  {mode + ' reads':30} {all_:9}   from the cache {cached}, told to be incomplete {cut}"
         yield f"  stale reads {told['stale_reads']}, duplicates {told['duplicates']}, other {told['other']}"
         yield f"  oldest bounded read {told['bounded_staleness_ms']:.0f} ms; the bound is {bound_ms} ms"
         p50, p99 = (told["recovery_ms"][name] for name in ("p50", "p99"))

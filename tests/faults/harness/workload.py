@@ -163,7 +163,7 @@ class ReaderWorker:
         twice = [f"{id_} is among the hits {count} times" for id_, count in seen.items() if count > 1]
         half = [torn for hit in result if (torn := _torn_hit(hit))]
         found = {hit.id: hit.metadata["version"] for hit in result}
-        self._tell(start, end, mode, wanted, found, cached=result.cached, half=half, twice=twice)
+        self._tell(start, end, mode, wanted, found, result, half=half, twice=twice)
 
     def search_chunks(self, rng, wanted):
         """All chunks of a source: those of each document must be of one version, and complete."""
@@ -178,10 +178,10 @@ class ReaderWorker:
         half = [
             f"{id_} of version {hits[0].metadata['version']} with chunks {sorted(hit.text for hit in hits)}"
             for id_, hits in documents.items()
-            if sorted(hit.text for hit in hits) != sorted(content.chunk_texts(id_, hits[0].metadata["version"]))
+            if _are_other_chunks(hits, content.chunk_texts(id_, hits[0].metadata["version"]), result.complete)
         ]
         found = {id_: hits[0].metadata["version"] for id_, hits in documents.items()}
-        self._tell(start, end, "strict", wanted, found, cached=result.cached, half=half)
+        self._tell(start, end, "strict", wanted, found, result, half=half)
 
     def get(self, rng, _wanted):
         slot = rng.choice(self.orders["slots"])
@@ -196,11 +196,17 @@ class ReaderWorker:
                 half.append(torn)
         self._tell(start, end, "strict", {}, found, half=half, ids=ids)
 
-    def _tell(self, start, end, mode, wanted, seen, *, cached=False, half=(), twice=(), ids=None):
+    def _tell(self, start, end, mode, wanted, seen, result=None, *, half=(), twice=(), ids=None):
+        """result: of a search, which says itself whether it is complete."""
         self.ledger.tell(
-            "read", start=start, end=end, mode=mode, filter=wanted, seen=seen, cached=cached,
-            half=list(half), twice=list(twice), ids=ids,
+            "read", start=start, end=end, mode=mode, filter=wanted, seen=seen, half=list(half), twice=list(twice),
+            ids=ids, cached=result is not None and result.cached, complete=result is None or result.complete,
         )  # fmt: skip
+
+
+def _are_other_chunks(hits, expected, complete):
+    found = Counter(hit.text for hit in hits)
+    return found != Counter(expected) if complete else bool(found - Counter(expected))
 
 
 def _torn_hit(hit):
