@@ -12,8 +12,11 @@ from .documents import HashedItem
 R = TypeVar("R")
 T = TypeVar("T")
 
-# So many inputs are made ready before the thread that writes may have the interpreter's lock. Of itself a thread that
-# computes gives it up every 5 ms only, and as long the server would wait for rows.
+# The rows of a batch are sent before the next one is begun, if that takes no longer: the server works on what it has,
+# while two threads that both compute would only take the interpreter's lock from each other.
+_HEAD_START_S = 0.02
+# So many inputs are made ready before the thread that writes may have that lock. Of itself a thread that computes gives
+# it up every 5 ms only, and as long the server would wait for the next statement.
 _GIVE_WAY_EVERY = 64
 
 
@@ -21,10 +24,12 @@ class BatchWriter(Generic[R]):
     """A thread that writes, one batch at a time. As a context manager it ends with nothing under way.
 
     stopped: set where the caller is being ended, by Ctrl-C for one: a write that only waits gives up then.
+    sent: for a write to set when it has sent its rows.
     """
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
+        self.sent = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectorkeep-writer")
         self._first = True
         self._ids: Set[str] = frozenset()
@@ -56,11 +61,20 @@ class BatchWriter(Generic[R]):
         self._write = self._submit(write) if ids and not only else _written(write)
 
     def _submit(self, write: Callable[[], R]) -> "Future[R]":
+        self.sent.clear()
         try:
-            return self._thread.submit(write)
+            submitted = self._thread.submit(self._send, write)
         except RuntimeError:  # the main thread has ended, and with it no other thread may begin; or there are too many
             self._thread.shutdown(cancel_futures=True)
             return _written(write)
+        self.sent.wait(_HEAD_START_S)
+        return submitted
+
+    def _send(self, write: Callable[[], R]) -> R:
+        try:
+            return write()
+        finally:
+            self.sent.set()
 
     def beside(self, batch: Iterable[T]) -> Iterator[T]:
         """The inputs of the next batch, to be made ready while the one before is written."""

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Event
 from typing import Any, Literal, TypeVar
 
 import psycopg
@@ -70,7 +69,7 @@ class Ingestion:
                     all_new &= _all_inserted(writer.finish())
                 upsert = self._batch(checked, frozenset()) if all_new else self._changed_documents(checked, tally)
                 writer.finish()
-                write = partial(self._write, upsert, tally, writer.stopped)
+                write = partial(self._write, upsert, tally, writer)
                 writer.start(upsert.ids, write, partial(self._done, tally, len(batch)), full=len(batch) == batch_size)
 
     def embed(
@@ -88,7 +87,7 @@ class Ingestion:
                         self._finish(writer, embedder, tally)
                     upsert = self._embed_changed(checked, embedder, tally)
                     self._finish(writer, embedder, tally)
-                    write = partial(self._write_found, upsert, checked, tally, writer.stopped)
+                    write = partial(self._write_found, upsert, checked, tally, writer)
                     done = partial(self._done, tally, len(batch))
                     writer.start(upsert.ids, write, done, full=len(batch) == batch_size)
             except Exception:
@@ -115,10 +114,10 @@ class Ingestion:
             gone = self._write_found(self._embed_changed(gone, embedder, tally), gone, tally)
 
     def _write_found(
-        self, upsert: UpsertBatch, items: Sequence[HashedItem], tally: Tally, stopped: Event | None = None
+        self, upsert: UpsertBatch, items: Sequence[HashedItem], tally: Tally, writer: BatchWriter[Any] | None = None
     ) -> list[HashedItem]:
         """Write the `upsert` made of `items`. Returns those of which nothing is stored any more to be updated."""
-        written = self._write(upsert, tally, stopped)
+        written = self._write(upsert, tally, writer)
         return [item for item in items if item.id in upsert.update_only and item.id not in written]
 
     def compare(self, items: Iterable[Item | Mapping[str, Any]], model_id: str, batch_size: int, tally: Tally) -> None:
@@ -195,14 +194,17 @@ class Ingestion:
         return bool(may)
 
     def _write(
-        self, batch: UpsertBatch, tally: Tally, stopped: Event | None = None
+        self, batch: UpsertBatch, tally: Tally, writer: BatchWriter[Any] | None = None
     ) -> dict[str, Outcome | Literal["failed"]]:
-        """Write `batch`; one that the server refuses is halved until the culprit is alone."""
+        """Write `batch`, in the thread of `writer` or the caller's; one that is refused is halved until it is alone."""
         if not batch.documents:
             return {}
         try:
             outcomes: Mapping[str, Outcome] = run_write(
-                self.database, batch.write, after_commit=self.after_commit, stopped=stopped
+                self.database,
+                partial(batch.write, sent=writer.sent if writer else None),
+                after_commit=self.after_commit,
+                stopped=writer.stopped if writer else None,
             )
         except psycopg.Error as exc:
             first, *others = batch.documents
@@ -213,7 +215,7 @@ class Ingestion:
                 return {first.id: "failed"}
             middle = len(batch.documents) // 2
             halves = batch.documents[:middle], batch.documents[middle:]
-            written = (self._write(replace(batch, documents=half), tally, stopped) for half in halves)
+            written = (self._write(replace(batch, documents=half), tally, writer) for half in halves)
             return {id_: outcome for part in written for id_, outcome in part.items()}
         tally.add(outcomes)
         return dict(outcomes)

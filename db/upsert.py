@@ -1,9 +1,10 @@
 """One batch of documents written in one transaction, a document always with all its chunks."""
 
 import itertools
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from threading import Event
 from typing import Any, Final, Literal, LiteralString
 
 from psycopg import Cursor, sql
@@ -131,8 +132,11 @@ class UpsertBatch:
     def ids(self) -> Set[str]:
         return {document.id for document in self.documents}
 
-    def write(self, transaction: WriteTransaction) -> dict[str, Outcome]:
-        """Write what differs from the stored rows. Returns the outcome of every document by id."""
+    def write(self, transaction: WriteTransaction, sent: Event | None = None) -> dict[str, Outcome]:
+        """Write what differs from the stored rows. Returns the outcome of every document by id.
+
+        sent: set once new documents are on their way to the server.
+        """
         cursor, now = transaction.cursor, datetime.now(UTC)
         stored = lock_stored(cursor, self.stored & self.ids)
         faults.point("upsert.locked")
@@ -140,7 +144,7 @@ class UpsertBatch:
         new = sorted((d for d in documents if d.id not in stored), key=lambda d: d.id)
         if new:
             _give_way(transaction, new)
-            if not _copy_new(cursor, new, self.model_id, now):
+            if not _copy_new(cursor, new, self.model_id, now, sent):
                 new = _insert_new(cursor, new, stored, self.model_id, now)
             faults.point("upsert.inserted")
             _take_back(transaction, new)
@@ -187,7 +191,9 @@ def _take_back(transaction: WriteTransaction, new: Sequence[PreparedDocument]) -
             transaction.touch(source_id, workspace)
 
 
-def _copy_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: str, now: datetime) -> bool:
+def _copy_new(
+    cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: str, now: datetime, sent: Event | None
+) -> bool:
     """COPY the `new` documents and their chunks straight into the tables: the fast way.
 
     False, with nothing done, where another writer made one of them meanwhile, or where the tables take no
@@ -195,12 +201,17 @@ def _copy_new(cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: st
     """
     try:
         with cursor.connection.transaction():
-            copy_documents(cursor, new, model_id, now)
+            copy_documents(cursor, new if sent is None else _then(new, sent.set), model_id, now)
             faults.point("upsert.copied_documents")
             copy_chunks(cursor, new)
     except (pg.UniqueViolation, pg.FeatureNotSupported):
         return False
     return True
+
+
+def _then(documents: Iterable[PreparedDocument], tell: Callable[[], None]) -> Iterator[PreparedDocument]:
+    yield from documents
+    tell()
 
 
 def _insert_new(

@@ -1,14 +1,19 @@
 """batch_upsert: what becomes of each document, and that a bad one never stops the others."""
 
 import gc
+import threading
 import weakref
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import pytest
 
 import db
 from db import Document
+from db.documents import prepare
+from db.transactions import run_write
+from db.upsert import UpsertBatch
 
 from .upserts import counts, doc, vector
 
@@ -164,6 +169,15 @@ def test_a_generator_is_read_one_batch_ahead_of_what_is_written_and_not_kept(sto
     assert counts(store.batch_upsert(source(), batch_size=50, on_progress=progress)) == {"inserted": 500}
     assert told == [(n, None, min(n + 50, 500)) for n in range(50, 501, 50)]
     assert most <= 101
+
+
+def test_a_write_tells_when_new_rows_are_sent_before_the_server_has_answered(store, monkeypatch):
+    sent, seen = threading.Event(), {}
+    monkeypatch.setattr(db.faults, "point", lambda name: seen.setdefault(name, sent.is_set()))
+    new = [prepare(doc(id_), store._parts.model) for id_ in "ab"]
+    write = partial(UpsertBatch(new, set(), "m").write, sent=sent)
+    run_write(store._parts.database, write, after_commit=lambda write: None)
+    assert (seen["upsert.locked"], seen["upsert.copied_documents"]) == (False, True)
 
 
 def test_progress_of_a_list_knows_the_total_and_counts_bad_ones_too(store):

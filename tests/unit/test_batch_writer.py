@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from db import batch_writer
 from db.batch_writer import BatchWriter
 from db.documents import hash_item
 from db.types import Item
@@ -34,6 +35,33 @@ def test_a_write_returns_once_and_is_told_when_it_is_done():
         writer.start({"a"}, lambda: 7, lambda: told.append("done"), full=True)
         assert (writer.finish(), told) == (7, ["done"])
         assert (writer.finish(), told) == (None, ["done"])
+
+
+def test_the_rows_of_a_batch_are_sent_before_the_next_one_is_begun(monkeypatch):
+    monkeypatch.setattr(batch_writer, "_HEAD_START_S", 30)
+    sent, written = [], threading.Event()
+
+    def write():
+        written.wait(0.05)  # a caller that goes on at once is seen
+        sent.append(here())
+        writer.sent.set()
+        return written.wait(30)
+
+    with BatchWriter() as writer:
+        for batches in (1, 2):
+            written.clear()
+            writer.start({"a"}, write, nothing, full=True)
+            assert (len(sent), writer._write.done()) == (batches, False)
+            written.set()
+            assert writer.finish()
+
+
+def test_a_write_that_cannot_send_at_once_keeps_nobody_from_the_next_batch():
+    may_send = threading.Event()
+    with BatchWriter() as writer:
+        writer.start({"a"}, lambda: may_send.wait(10), nothing, full=True)
+        may_send.set()
+        assert writer.finish()
 
 
 def test_it_is_known_what_is_under_way():
