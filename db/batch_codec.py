@@ -1,6 +1,7 @@
 """The vectors of one batch, checked and encoded at once: a fifth of the time that one by one takes."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,12 @@ class BatchCodec:
     """Encodes as the store's model does. What is not plainly fine goes to the model, which says why."""
 
     def __init__(self, model: StoreModel, values: Iterable[Any]) -> None:
-        """values: the vectors that `encode` will be asked for; others may come too."""
+        """values: the vectors that `encode` will be asked for, in this order; others may come too."""
         self._model = model
+        self._registered = model.registered
+        self._values = iter(values if self._registered else ())
+        self._plain: list[NDArray[np.float32]] = []
         self._encoded: dict[int, bytes] = {}
-        if model.registered is not None:
-            # Kept, so that no other object can get the identity of one of them.
-            self._plain = [value for value in values if _is_plain(value, model.registered.dimensions)]
-            self._encoded = _encode_fitting(self._plain, model.registered)
 
     @property
     def model_id(self) -> str:
@@ -33,7 +33,18 @@ class BatchCodec:
 
     def encode(self, value: Any) -> bytes:
         """`value` checked against the model, in binary form. Raises ValidationError."""
+        if (encoded := self._encoded.get(id(value))) is not None:
+            return encoded
+        if self._registered is not None and _is_plain(value, self._registered.dimensions):
+            self._encode_more(self._registered)
         return self._encoded.get(id(value)) or self._model.encode(value)
+
+    def _encode_more(self, model: Model) -> None:
+        """Encode the next vectors, all at once."""
+        plain = [value for value in islice(self._values, _AT_ONCE) if _is_plain(value, model.dimensions)]
+        if plain:
+            self._plain += plain  # kept, so that no other object can get the identity of one of them
+            self._encoded |= _encode_fitting(plain, model)
 
 
 def vectors_of(batch: Iterable[Any]) -> Iterator[Any]:
@@ -50,12 +61,7 @@ def _is_plain(value: Any, dimensions: int) -> bool:
 
 
 def _encode_fitting(plain: list[NDArray[np.float32]], model: Model) -> dict[int, bytes]:
-    """The vectors that fit the model, in binary form, by the identity of their objects."""
-    encoded: dict[int, bytes] = {}
-    for start in range(0, len(plain), _AT_ONCE):
-        part = plain[start : start + _AT_ONCE]
-        rows = np.stack(part)
-        for value, data, fits in zip(part, vectors.encode_rows(rows), model.fitting(rows), strict=True):
-            if fits:
-                encoded[id(value)] = data
-    return encoded
+    """Those that fit the model, in binary form, by the identity of their objects."""
+    rows = np.stack(plain)
+    encoded = zip(plain, vectors.encode_rows(rows), model.fitting(rows), strict=True)
+    return {id(value): data for value, data, fits in encoded if fits}

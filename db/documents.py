@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
 
@@ -60,11 +60,11 @@ class PreparedDocument(HashedItem):
     vector_of_other_text: the vector was given with an earlier text. It stays, but is no model's vector of this one.
     """
 
-    vector_given: bool
-    vector: bytes | None
-    vector_hash: bytes | None
-    chunks: tuple[PreparedChunk, ...] | None
-    chunks_hash: bytes | None
+    vector_given: bool = False
+    vector: bytes | None = None
+    vector_hash: bytes | None = None
+    chunks: tuple[PreparedChunk, ...] | None = None
+    chunks_hash: bytes | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
     vector_of_other_text: bool = False
@@ -78,6 +78,9 @@ class PreparedDocument(HashedItem):
         if self.chunks is None:
             self.chunks, self.chunks_hash = earlier.chunks, earlier.chunks_hash
         self.created_at = self.created_at or earlier.created_at
+
+
+H = TypeVar("H", bound=HashedItem)
 
 
 class VectorCodec(Protocol):
@@ -103,8 +106,8 @@ def content_hash(text_digest: bytes, source_id: str, metadata: bytes) -> bytes:
 def prepare(document: Document | Mapping[str, Any], model: VectorCodec) -> PreparedDocument:
     """`document` checked and hashed. Raises ValidationError with the reason."""
     document = as_document(document)
-    item = hash_item(document)
-    prepared = prepare_item(item, document.embedding, document.chunks, model)
+    prepared = _hashed(PreparedDocument, document)
+    _add_parts(prepared, document.embedding, document.chunks, model)
     prepared.vector_given = bool(document.embedding_given)
     if document.created_at is not None:
         prepared.created_at = _check_time("created_at", document.created_at)
@@ -115,6 +118,19 @@ def prepare(document: Document | Mapping[str, Any], model: VectorCodec) -> Prepa
 
 def hash_item(item: Item | Document) -> HashedItem:
     """What `item` says itself, checked and hashed. Raises ValidationError with the reason."""
+    return _hashed(HashedItem, item)
+
+
+def prepare_item(item: HashedItem, embedding: Any, chunks: Any, model: VectorCodec) -> PreparedDocument:
+    """The document of a checked item; `embedding` and `chunks` None: what is stored stays."""
+    prepared = PreparedDocument(
+        item.id, item.source_id, item.workspace, item.text, item.metadata, item.text_hash, item.content_hash
+    )
+    _add_parts(prepared, embedding, chunks, model)
+    return prepared
+
+
+def _hashed(kind: type[H], item: Item | Document) -> H:
     check_key("id", item.id)
     check_key("source_id", item.source_id)
     check_text(item.text)
@@ -122,27 +138,17 @@ def hash_item(item: Item | Document) -> HashedItem:
     digest = text_hash(item.text)
     workspace = workspace_of(item.metadata)
     hashed = content_hash(digest, item.source_id, metadata)
-    return HashedItem(item.id, item.source_id, workspace, item.text, metadata, digest, hashed)
+    return kind(item.id, item.source_id, workspace, item.text, metadata, digest, hashed)
 
 
-def prepare_item(item: HashedItem, embedding: Any, chunks: Any, model: VectorCodec) -> PreparedDocument:
-    """The document of a checked item; `embedding` and `chunks` None: what is stored stays."""
-    vector = _encode(embedding, model)
-    prepared = None if chunks is None else _prepare_chunks(item.id, chunks, model)
-    return PreparedDocument(
-        item.id,
-        item.source_id,
-        item.workspace,
-        item.text,
-        item.metadata,
-        item.text_hash,
-        item.content_hash,
-        vector_given=vector is not None,
-        vector=vector,
-        vector_hash=None if vector is None else vector_hash(model.model_id, vector),
-        chunks=prepared,
-        chunks_hash=chunks_hash(prepared) if prepared else None,
-    )
+def _add_parts(document: PreparedDocument, embedding: Any, chunks: Any, model: VectorCodec) -> None:
+    if embedding is not None:
+        document.vector_given = True
+        document.vector = vector = model.encode(embedding)
+        document.vector_hash = vector_hash(model.model_id, vector)
+    if chunks is not None:
+        document.chunks = prepared = _prepare_chunks(document.id, chunks, model)
+        document.chunks_hash = chunks_hash(prepared) if prepared else None
 
 
 def vector_hash(model_id: str, vector: bytes) -> bytes:
@@ -229,11 +235,8 @@ def _plain_json(metadata: Any) -> bytes | None:
         data = orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)
     except TypeError:
         return None
-    return None if _ESCAPED_NUL in data else data
-
-
-def _encode(embedding: Any, model: VectorCodec) -> bytes | None:
-    return None if embedding is None else model.encode(embedding)
+    # The search for one byte is a quarter as long, and nearly always enough.
+    return None if b"\\" in data and _ESCAPED_NUL in data else data
 
 
 def _prepare_chunks(document_id: str, chunks: Any, model: VectorCodec) -> tuple[PreparedChunk, ...]:
@@ -252,7 +255,7 @@ def _prepare_chunk(document_id: str, index: int, chunk: Any, model: VectorCodec)
             index=index,
             text=chunk.text,
             text_hash=text_hash(chunk.text),
-            vector=_encode(chunk.embedding, model),
+            vector=None if chunk.embedding is None else model.encode(chunk.embedding),
             metadata=canonical_metadata(chunk.metadata),
         )
     except ValidationError as exc:

@@ -120,22 +120,28 @@ def _document_rows(
     """`created_at` and `updated_at` are for documents that do not say when."""
     head, model, created, updated = _FIELDS(13), _text(model_id), _time(created_at), _time(updated_at)
     for d in documents:
-        yield b"".join(
+        id_, text, vector = d.id.encode(), d.text.encode(), d.vector
+        yield b"".join(  # lengths beside what is long: to join both first would copy it once more
             (
                 head,
-                _text(d.id),
+                _LENGTH(len(id_)),
+                id_,
                 _text(d.source_id),
                 _NULL if d.workspace is None else _text(d.workspace),
-                _text(d.text),
+                _LENGTH(len(text)),
+                text,
                 _DIGEST,
                 d.text_hash,
                 _DIGEST,
                 d.content_hash,
                 _bytes(d.vector_hash),
                 _bytes(d.chunks_hash),
-                _NULL if d.vector is None or d.vector_of_other_text else model,
-                _bytes(d.vector),
-                _jsonb(d.metadata),
+                _NULL if vector is None or d.vector_of_other_text else model,
+                _NULL if vector is None else _LENGTH(len(vector)),
+                vector or b"",
+                _LENGTH(len(d.metadata) + 1),
+                _JSONB_VERSION,
+                d.metadata,
                 created if d.created_at is None else _time(d.created_at),
                 updated if d.updated_at is None else _time(d.updated_at),
             )
