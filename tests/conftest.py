@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ class Servers:
     def redis_url(self) -> str:
         raise NotImplementedError
 
+    def start(self) -> None:
+        """Start what takes long, before a test asks for it."""
+
     def stop(self) -> None:
         """Called once, when all workers have finished."""
 
@@ -99,6 +103,11 @@ class Containers(Servers):
 
     def redis_url(self) -> str:
         return self.shared("container-redis", self._start_redis)["url"]
+
+    def start(self) -> None:
+        for version in self.versions:
+            self.postgres_url(version)
+        self.redis_url()
 
     def stop(self) -> None:
         from testcontainers.core.docker_client import DockerClient
@@ -199,6 +208,7 @@ def make_servers(root: Path, *, docker: bool) -> Servers:
 
 
 SERVERS = pytest.StashKey[Servers]()
+STARTING = pytest.StashKey[threading.Thread]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -244,10 +254,26 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"servers: {names[servers.kind]}"
 
 
+@pytest.hookimpl(trylast=True)  # after the shuffling
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The first start of an image takes up to a minute: meanwhile come the tests that need no server."""
+    items.sort(key=_needs_servers)
+    if any(map(_needs_servers, items)) and not config.option.collectonly:
+        starting = threading.Thread(target=config.stash[SERVERS].start, name="starting the servers")
+        config.stash[STARTING] = starting
+        starting.start()
+
+
+def _needs_servers(item: pytest.Item) -> bool:
+    return "servers" in getattr(item, "fixturenames", ())
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     servers = config.stash.get(SERVERS, None)
     if servers is None:
         return
+    if (starting := config.stash.get(STARTING, None)) is not None:
+        starting.join()  # what it starts is stopped below
     if hasattr(config, "workerinput"):
         if isinstance(servers, Embedded):
             servers.stop()  # this worker's own use
