@@ -16,8 +16,8 @@ T = TypeVar("T")
 # while two threads that both compute would only take the interpreter's lock from each other.
 _HEAD_START_S = 0.02
 # So many inputs are made ready before the thread that writes may have that lock. Of itself a thread that computes gives
-# it up every 5 ms only, and as long the server would wait for the next statement. sleep(0) takes some 80 µs, in which the
-# other thread wakes up; a shorter way to give way takes the lock back before that.
+# it up every 5 ms only, and as long the server would wait for the next statement. sleep(0) takes some 80 µs, in which
+# the other thread wakes up; a shorter way to give way takes the lock back before that.
 _GIVE_WAY_EVERY = 64
 
 
@@ -35,7 +35,7 @@ class BatchWriter(Generic[R]):
         self._first = True
         self._ids: Set[str] = frozenset()
         self._write: Future[R] | None = None
-        self._done: Callable[[], None]
+        self._done: Callable[[R], None]
 
     def __enter__(self) -> "BatchWriter[R]":
         return self
@@ -51,9 +51,10 @@ class BatchWriter(Generic[R]):
         finally:
             self._thread.shutdown()
 
-    def start(self, ids: Set[str], write: Callable[[], R], done: Callable[[], None], *, full: bool) -> None:
+    def start(self, ids: Set[str], write: Callable[[], R], done: Callable[[R], None], *, full: bool) -> None:
         """`write` a batch with these ids, in the thread. The one before must be finished.
 
+        done: called by `finish` with what `write` returned.
         Without the thread, and what it raises is raised here, where that would gain nothing: nothing is to be written,
         or this is the first batch and not a full one, so probably the only one. Waking a thread takes longer.
         """
@@ -89,7 +90,7 @@ class BatchWriter(Generic[R]):
         return self._write is not None and any(item.id in self._ids for item in items)
 
     def finish(self) -> R | None:
-        """Wait for the batch under way, if there is one, and tell that it is done.
+        """Wait for the batch under way, if there is one, and tell that it is done, in the caller's thread.
 
         Returns what its write returned, once; what it raised is raised here.
         """
@@ -97,7 +98,7 @@ class BatchWriter(Generic[R]):
         if write is None:
             return None
         returned = write.result()
-        self._done()
+        self._done(returned)
         return returned
 
 

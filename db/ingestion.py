@@ -80,20 +80,15 @@ class Ingestion:
         One batch is embedded while the one before is written.
         """
         with BatchWriter[list[HashedItem]]() as writer:
-            try:
-                for batch in batches(iter(items), batch_size):
-                    checked = _checked(writer.beside(batch), lambda given: hash_item(as_item(given)), tally)
-                    if self._must_finish(writer, checked):
-                        self._finish(writer, embedder, tally)
-                    upsert = self._embed_changed(checked, embedder, tally)
-                    self._finish(writer, embedder, tally)
-                    write = partial(self._write_found, upsert, checked, tally, writer)
-                    done = partial(self._done, tally, len(batch))
-                    writer.start(upsert.ids, write, done, full=len(batch) == batch_size)
-            except Exception:
-                self._finish(writer, embedder, tally)
-                raise
-            self._finish(writer, embedder, tally)
+            for batch in batches(iter(items), batch_size):
+                checked = _checked(writer.beside(batch), lambda given: hash_item(as_item(given)), tally)
+                if self._must_finish(writer, checked):
+                    writer.finish()
+                upsert = self._embed_changed(checked, embedder, tally)
+                writer.finish()
+                write = partial(self._write_found, upsert, checked, tally, writer)
+                done = partial(self._found_done, embedder, tally, len(batch))
+                writer.start(upsert.ids, write, done, full=len(batch) == batch_size)
 
     def _must_finish(self, writer: BatchWriter[Any], items: Iterable[HashedItem]) -> bool:
         """Whether `items` can be compared with what is stored only after the write under way.
@@ -102,14 +97,14 @@ class Ingestion:
         """
         return self.database.settings.pool_max == 1 or writer.overlaps(items)
 
-    def _done(self, tally: Tally, inputs: int) -> None:
+    def _done(self, tally: Tally, inputs: int, _written: object = None) -> None:
         """A batch is written, and nothing of the next one yet."""
         self.model.batch_written(inputs)
         tally.progress(inputs)
 
-    def _finish(self, writer: BatchWriter[list[HashedItem]], embedder: TextEmbedder, tally: Tally) -> None:
-        """Wait for a write. Items whose document was deleted, after its vector was found to stay, are embedded."""
-        gone = writer.finish()
+    def _found_done(self, embedder: TextEmbedder, tally: Tally, inputs: int, gone: list[HashedItem]) -> None:
+        """The same; items whose document was deleted, after its vector was found to stay, are embedded."""
+        self._done(tally, inputs)
         while gone:
             gone = self._write_found(self._embed_changed(gone, embedder, tally), gone, tally)
 

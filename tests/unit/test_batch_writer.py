@@ -16,7 +16,7 @@ def here():
     return threading.current_thread().name
 
 
-def nothing():
+def nothing(_written):
     pass
 
 
@@ -32,9 +32,9 @@ def test_the_first_batch_that_is_not_full_and_an_empty_one_need_no_thread():
 def test_a_write_returns_once_and_is_told_when_it_is_done():
     told = []
     with BatchWriter() as writer:
-        writer.start({"a"}, lambda: 7, lambda: told.append("done"), full=True)
-        assert (writer.finish(), told) == (7, ["done"])
-        assert (writer.finish(), told) == (None, ["done"])
+        writer.start({"a"}, lambda: 7, told.append, full=True)
+        assert (writer.finish(), told) == (7, [7])
+        assert (writer.finish(), told) == (None, [7])
 
 
 def test_the_rows_of_a_batch_are_sent_before_the_next_one_is_begun(monkeypatch):
@@ -93,7 +93,7 @@ def test_what_ends_the_program_is_not_replaced_by_what_the_write_raises_and_ends
                 given_up.append(writer.stopped.wait(30))
                 raise ConnectionError("gone")
 
-            writer.start({"a"}, wait, lambda: given_up.append("told"), full=True)
+            writer.start({"a"}, wait, given_up.append, full=True)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
