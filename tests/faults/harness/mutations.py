@@ -30,7 +30,7 @@ def _no_invalidation():
 def _split():
     """The documents are committed before their chunks are written."""
 
-    def copy_new(cursor, new, model_id, now):
+    def copy_new(cursor, new, model_id, now, _sent):
         db.upsert.copy_documents(cursor, new, model_id, now)
         _commit(cursor)
         db.upsert.copy_chunks(cursor, new)
