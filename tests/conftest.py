@@ -383,6 +383,11 @@ def database_at(server_url: str, name: str) -> str:
     return urlsplit(server_url)._replace(path=f"/{name}").geturl()
 
 
+def database_of(url: str) -> str:
+    """The name of the database that `url` is of."""
+    return urlsplit(url).path.strip("/")
+
+
 def with_redis_database(url: str, offset: int) -> str:
     """`url` with its database number raised by `offset`."""
     parts = urlsplit(url)

@@ -4,6 +4,8 @@ import pty
 import psycopg
 import pytest
 
+from tests.conftest import database_of
+
 from .conftest import command, environment, run_command
 
 # The servers of the tests are fast, not durable.
@@ -84,7 +86,7 @@ def test_reset_names_what_goes_and_begins_anew(filled, database_url):
     ran = filled("reset", "--yes")
     assert "embeddings: 3 rows" in ran.err
     assert "dropped" in ran.err
-    name = database_url.rpartition("/")[2]
+    name = database_of(database_url)
     assert (ran.fields["database"], ran.fields["revision"]) == (name, filled("migrate").fields["after"])
     assert documents(filled) == "0"
     assert filled("reset", "--yes", "--json").json["rows"]["embeddings"] == 0
@@ -115,7 +117,7 @@ def test_reset_asks_for_the_databases_name(filled, env, database_url):
     assert code == 1
     assert "nothing was deleted" in said
     assert documents(filled) == "3"
-    said, code = answered(database_url.rpartition("/")[2], env)
+    said, code = answered(database_of(database_url), env)
     assert (code, "embeddings: 3 rows" in said) == (0, True), said
     assert documents(filled) == "0"
 

@@ -18,6 +18,7 @@ import db
 from db.config import OpenAISettings, Settings, redacted
 from ops.command import Cli, Common
 from ops.output import Output
+from tests.conftest import database_of
 
 from .conftest import ROOT, environment, forked, run_command
 
@@ -59,7 +60,7 @@ def with_user(url, user, password):
 @pytest.fixture
 def urls(database_url, redis_url, password):
     """PostgreSQL and Redis as users of that password."""
-    name = urlsplit(database_url).path.strip("/")
+    name = database_of(database_url)
     with psycopg.connect(database_url, autocommit=True) as owner, redis.Redis.from_url(redis_url) as admin:
         role = sql.Identifier(name)
         owner.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN PASSWORD {}").format(role, password))

@@ -9,6 +9,7 @@ import psycopg
 from psycopg.sql import SQL, Identifier
 
 from db.roles import KINDS, RolesPlan, make_roles
+from tests.conftest import database_of
 
 PASSWORD = "pass-of-a-role"
 
@@ -19,7 +20,7 @@ class Roles:
     def __init__(self, admin: psycopg.Connection[Any], database_url: str) -> None:
         self.admin = admin
         self.database_url = database_url
-        self.prefix = urlsplit(database_url).path.strip("/")
+        self.prefix = database_of(database_url)
         self._logins: list[str] = []
 
     def make(self, *, tenants: bool = False) -> None:

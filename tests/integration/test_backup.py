@@ -18,7 +18,7 @@ from db.migrate import alembic_config, downgrade, head_revision, upgrade
 from db.rebuild import RebuildPlan, rebuild
 from db.roles import RolesPlan, make_roles
 from db.rollback import roll_back
-from tests.conftest import database_at
+from tests.conftest import database_at, database_of
 
 from .roles_of import roles_of
 from .test_rebuild import _CATALOG
@@ -156,7 +156,7 @@ def test_tenants_are_kept_apart_in_a_restored_store(database_url, redis_url, dum
         expected = everything(url)
         make_roles(url, RolesPlan(roles.prefix, tenants=True))  # rights to the database itself, which no dump holds
         assert everything(url) == expected
-        name = urlsplit(url).path.strip("/")
+        name = database_of(url)
         seen = "SELECT count(*), min(workspace), max(workspace) FROM {}"
         for table in ("embeddings", "chunks"):
             with psycopg.connect(database_at(red.geturl(), name)) as connection:

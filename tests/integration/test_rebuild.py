@@ -15,6 +15,7 @@ from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import previous_tables, retire_previous, unfinished_rebuild
 from db.rollback import roll_back
 from db.swap import exchange
+from tests.conftest import database_of
 from tests.integration.counting import Counting, items
 
 DOCUMENTS = "SELECT * FROM embeddings ORDER BY id"
@@ -309,7 +310,7 @@ def test_a_role_that_does_not_own_the_tables_is_told(filled, settings, sql, url_
 
 def test_an_owner_who_may_not_make_schemas_is_told_what_to_grant(filled, settings, sql, url_as, reader, database_url):
     sql(f"ALTER ROLE {reader} LOGIN PASSWORD 'secret'")
-    name = database_url.rpartition("/")[2]
+    name = database_of(database_url)
     for (table,) in sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"):
         sql(f"ALTER TABLE {table} OWNER TO {reader}")
     sql(f"GRANT CREATE ON SCHEMA public TO {reader}")

@@ -11,6 +11,7 @@ import redis
 
 import db
 from db import redis_client
+from tests.conftest import database_of
 
 VECTOR = [1.0, *[0.0] * 7]
 PASSWORD = "s3cret-of-redis"
@@ -37,7 +38,7 @@ def as_user(url, user, password):
 @pytest.fixture
 def acl_user(redis_url, database_url):
     """A user that may do what docs/roles.md says, and on keys of ours only."""
-    name = urlsplit(database_url).path.strip("/")
+    name = database_of(database_url)
     with redis.Redis.from_url(redis_url) as admin:
         [line] = [line for line in DOC.read_text().splitlines() if line.startswith("ACL SETUSER vk ")]
         rules = line.removeprefix("ACL SETUSER vk ").replace("PASSWORD", PASSWORD)

@@ -14,6 +14,7 @@ from db.migrate import downgrade, upgrade
 from db.registry import register_model
 from db.role_rights import GRANTS
 from db.roles import KINDS, RolesPlan, make_roles, roles_sql
+from tests.conftest import database_of
 
 from .role_matrix import MATRIX, OPERATIONS, VERBS, Embedder, as_markdown, document, expected, outcome
 from .roles_of import roles_of
@@ -172,7 +173,7 @@ def test_a_store_that_has_tenants_keeps_them(roles, sql):
 @pytest.mark.every_server
 def test_nothing_needs_a_superuser_once_the_extension_is_there(postgres_url, make_database, admin, until):
     url = make_database(None)
-    prefix = urlsplit(url).path.strip("/")
+    prefix = database_of(url)
     with psycopg.connect(url, autocommit=True) as superuser, roles_of(url) as roles:
         superuser.execute("CREATE EXTENSION vector")
         owner = roles.login("dba", options="CREATEROLE")

@@ -24,6 +24,7 @@ from db.config import Settings
 from db.errors import BusyError, SchemaError, UnavailableError
 from db.migrate import alembic_config, current_revision, head_revision, require_head, upgrade
 from db.migration_session import _LOCK_KEY, direct_engine
+from tests.conftest import database_of
 
 ROOT = Path(__file__).parents[2]
 HEAD = head_revision()
@@ -153,7 +154,7 @@ def plain_url(empty_database_url):
 
 @pytest.mark.every_server
 def test_a_role_that_may_not_create_the_extension_is_told_who_can(plain_url, empty_database_url):
-    database = urlsplit(empty_database_url).path.strip("/")
+    database = database_of(empty_database_url)
     with pytest.raises(SchemaError) as refused:
         upgrade(plain_url)
     message = str(refused.value)
