@@ -71,6 +71,9 @@ _SESSIONS = """
                  OR lock.relation IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name))))
     ORDER BY pid
 """
+# A session that its client has closed stays in the list until the server has noticed.
+_CLOSING_S = 1.0
+_POLL_S = 0.05
 _END_SESSION = "SELECT pg_terminate_backend(%s, 5000)"
 # Migrations make no function by another beginning.
 _FUNCTIONS = """
@@ -183,7 +186,8 @@ def _plan_embedded(settings: Settings, *, force: bool) -> ResetPlan:
 
 def _plan(connection: Connection[Any], settings: Settings, *, force: bool) -> ResetPlan:
     _require_ours(connection)
-    sessions = [f"process {pid} ({name}, {user}, {state})" for pid, name, user, state in _sessions(connection)]
+    found = _sessions(connection) if force else _sessions_that_stay(connection)
+    sessions = [f"process {pid} ({name}, {user}, {state})" for pid, name, user, state in found]
     [(database,)] = connection.execute("SELECT current_database()").fetchall()
     if sessions and not force:
         raise BusyError(
@@ -219,6 +223,13 @@ def _require_ours(connection: Connection[Any]) -> None:
 
 def _sessions(connection: Connection[Any]) -> list[tuple[Any, ...]]:
     return connection.execute(_SESSIONS, (LOCK_CLASS, PAUSE_CLASS, _TABLES)).fetchall()
+
+
+def _sessions_that_stay(connection: Connection[Any]) -> list[tuple[Any, ...]]:
+    deadline = time.monotonic() + _CLOSING_S
+    while (sessions := _sessions(connection)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return sessions
 
 
 def _count(connection: Connection[Any], table: str) -> int:

@@ -20,7 +20,7 @@ from .opening import target_url
 _ROWS = 20_000
 _QUICK_ROWS = 2_000
 _WIDE = 1536
-_ROUNDS = 3
+_ROUNDS = 5
 
 _HOW = (
     "Both sides write the same rows, all columns of them, to the same table with the same indexes on the same server; "

@@ -1,5 +1,7 @@
 """reset(): everything of ours goes and nothing of others, and what comes after is as new."""
 
+import threading
+
 import psycopg
 import pytest
 import redis
@@ -165,6 +167,14 @@ def test_it_refuses_while_a_store_is_open_and_names_its_session(settings, databa
         with pytest.raises(db.BusyError, match=f"process {connection.info.backend_pid} .vectorkeep"):
             reset(settings)
         assert sql("SELECT count(*) FROM embeddings") == [(1,)]
+
+
+def test_a_session_that_is_just_ending_is_nobody_at_work(settings, database_url):
+    with psycopg.connect(database_url, application_name="vectorkeep") as closed:
+        ending = threading.Timer(0.2, closed.close)
+        ending.start()
+        assert reset(settings).sessions_ended == 0
+        ending.join()
 
 
 @pytest.mark.parametrize("use", ["lock", "table"])
