@@ -4,7 +4,7 @@ import pty
 import psycopg
 import pytest
 
-from tests.conftest import database_of
+from tests.servers import database_of
 
 from .conftest import command, environment, run_command
 

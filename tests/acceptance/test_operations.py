@@ -17,7 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.sql import SQL, Identifier
 
 from db.migrate import downgrade
-from tests.conftest import database_at, execute
+from tests.servers import database_at, execute
 
 from .conftest import ROOT, forked, run_command
 

@@ -18,7 +18,7 @@ import db
 from db.config import OpenAISettings, Settings, redacted
 from ops.command import Cli, Common
 from ops.output import Output
-from tests.conftest import database_of
+from tests.servers import database_of
 
 from .conftest import ROOT, environment, forked, run_command
 

@@ -29,7 +29,7 @@ from db import doctor, migrate
 from db.checks import cache, embedded
 from db.config import Settings
 from db.locks import LOCK_CLASS, Purpose
-from tests.conftest import database_at, execute, psql_program
+from tests.servers import database_at, execute, psql_program
 
 from .conftest import ROOT, Ran, environment, forked, run_command
 from .guide import all_commands, entries

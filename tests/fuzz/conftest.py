@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, Phase, settings
 from psycopg import sql
 
 import db
-from tests.conftest import database_at, execute, with_redis_database
 from tests.integration.counting import Counting
+from tests.servers import database_at, execute, with_redis_database
 
 DIMENSIONS = 8
 TIMES = int(os.environ.get("VECTORKEEP_TEST_FUZZ", "1"))

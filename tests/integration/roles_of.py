@@ -9,7 +9,7 @@ import psycopg
 from psycopg.sql import SQL, Identifier
 
 from db.roles import KINDS, RolesPlan, make_roles
-from tests.conftest import database_of
+from tests.servers import database_of
 
 PASSWORD = "pass-of-a-role"
 

@@ -18,7 +18,7 @@ from db.migrate import alembic_config, downgrade, head_revision, upgrade
 from db.rebuild import RebuildPlan, rebuild
 from db.roles import RolesPlan, make_roles
 from db.rollback import roll_back
-from tests.conftest import database_at, database_of
+from tests.servers import database_at, database_of
 
 from .roles_of import roles_of
 from .test_rebuild import _CATALOG

@@ -15,8 +15,8 @@ from db.rebuild_plan import RebuildPlan
 from db.rebuild_runs import previous_tables, retire_previous, unfinished_rebuild
 from db.rollback import roll_back
 from db.swap import exchange
-from tests.conftest import database_of
 from tests.integration.counting import Counting, items
+from tests.servers import database_of
 
 DOCUMENTS = "SELECT * FROM embeddings ORDER BY id"
 CHUNKS = "SELECT * FROM chunks ORDER BY id"

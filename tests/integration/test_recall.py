@@ -15,8 +15,8 @@ from db.recall import RecallRequest, measure_recall
 from db.search import Query, Searcher
 from db.tuning import tune_ef_search
 from db.vectors import BinaryVector, encode
-from tests.conftest import database_at, execute
 from tests.integration.real_texts import DIMENSIONS, nearest, scaled, vectors
+from tests.servers import database_at, execute
 
 TEXTS, HELD_OUT = 4_000, 300
 
@@ -94,14 +94,14 @@ def test_the_figure_of_stored_vectors_is_numpys_within_its_interval(texts_store,
     stored, _ = texts
     chosen = np.random.default_rng(5).choice(len(stored), 500, replace=False)
     truth = numpys_recall(texts_store, stored, [(stored[n], n) for n in chosen], ef_search=15)
-    reports = [texts_store.measure_recall(sample=100, ef_search=15) for _ in range(5)]
+    reports = [texts_store.measure_recall(sample=50, ef_search=15) for _ in range(5)]
     # An interval of 95 % misses one time in twenty; three of five do so once in a thousand runs.
     within = [low <= truth <= high for low, high in (report.interval for report in reports)]
     assert sum(within) >= 3, (truth, reports)
     for report in reports:
         assert report.interval[0] < report.recall < report.interval[1] <= 1
-        assert (report.sample, report.queries_from_store, report.through_index) == (100, 100, 100)
-        assert (report.looked_up, report.unreachable, report.notes) == (100, 0, [])
+        assert (report.sample, report.queries_from_store, report.through_index) == (50, 50, 50)
+        assert (report.looked_up, report.unreachable, report.notes) == (50, 0, [])
 
 
 def test_the_figure_of_asked_vectors_is_numpys_to_the_last_answer(texts_store, texts_url, texts):
@@ -130,24 +130,24 @@ def measured_alone(store, questions, ef_search):
 
 def test_searches_are_tuned_to_the_target_and_new_stores_use_it(texts_store, texts_url, texts, monkeypatch, capsys):
     stored, asked = texts
-    ask(texts_url, asked[:150])
-    before = texts_store.measure_recall(ef_search=20)
+    ask(texts_url, asked[:100])
+    before = texts_store.measure_recall(sample=100, ef_search=10)
     with texts_store._parts.database.maintenance() as connection:
         model, settings = texts_store.model, texts_store.settings
-        tuning = tune_ef_search(connection, model, settings, sample=200)
+        tuning = tune_ef_search(connection, model, settings, sample=120)
         [row] = connection.execute("SELECT ef_search, ef_search_reason FROM embedding_models").fetchall()
     assert row == (tuning.ef_search, tuning.reason)
     assert before.recall < 0.99
-    assert tuning.ef_search > 20
+    assert tuning.ef_search > 10
     assert f"{tuning.ef_search} is the lowest that meets 0.99" in tuning.reason
     # The default of 100 may be the right one already: then nothing new is there to be confirmed.
     confirmed = next(iter(tuning.confirmed.values()), tuning.reports["documents"])
     assert (confirmed.ef_search, confirmed.recall > before.recall) == (tuning.ef_search, True)
     questions = [(vector, None) for vector in asked[150:]]
-    truth = [numpys_recall(texts_store, stored, questions, ef) for ef in (20, tuning.ef_search)]
+    truth = [numpys_recall(texts_store, stored, questions, ef) for ef in (10, tuning.ef_search)]
     assert truth[0] < truth[1]
     with capsys.disabled():
-        print(f"\nef_search 20: {before.recall:.3f}, tuned {tuning.ef_search}: {confirmed.recall:.3f}; NumPy {truth}")
+        print(f"\nef_search 10: {before.recall:.3f}, tuned {tuning.ef_search}: {confirmed.recall:.3f}; NumPy {truth}")
 
     used = []
     monkeypatch.setattr(search_module, "_prepare_scan", spied(search_module._prepare_scan, used))
@@ -182,12 +182,12 @@ def spied(function, used):
 
 
 def test_where_no_ef_search_meets_the_target_what_was_tuned_stays(texts_store, texts_url, texts, admin):
-    ask(texts_url, texts[1][:100])
+    ask(texts_url, texts[1][:60])
     with texts_store._parts.database.maintenance() as connection:
         connection.execute("UPDATE embedding_models SET ef_search = 77")
         texts_store._parts.model.refresh_tuning()
         settings = texts_store.settings.model_copy(update={"target_recall": 1.0})
-        tuning = tune_ef_search(connection, texts_store.model, settings, sample=100)
+        tuning = tune_ef_search(connection, texts_store.model, settings, sample=60)
         [row] = connection.execute("SELECT ef_search, ef_search_reason FROM embedding_models").fetchall()
     [report] = tuning.reports.values()
     if report.recommended_ef_search is None:  # a lucky graph may find all of them

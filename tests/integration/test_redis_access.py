@@ -11,7 +11,7 @@ import redis
 
 import db
 from db import redis_client
-from tests.conftest import database_of
+from tests.servers import database_of
 
 VECTOR = [1.0, *[0.0] * 7]
 PASSWORD = "s3cret-of-redis"

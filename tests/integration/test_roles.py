@@ -14,7 +14,7 @@ from db.migrate import downgrade, upgrade
 from db.registry import register_model
 from db.role_rights import GRANTS
 from db.roles import KINDS, RolesPlan, make_roles, roles_sql
-from tests.conftest import database_of
+from tests.servers import database_of
 
 from .role_matrix import MATRIX, OPERATIONS, VERBS, Embedder, as_markdown, document, expected, outcome
 from .roles_of import roles_of

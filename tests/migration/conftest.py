@@ -13,7 +13,7 @@ import sqlalchemy
 from db.config import Settings
 from db.migrate import alembic_config as make_config
 from db.migration_session import direct_engine
-from tests.conftest import psql_program
+from tests.servers import psql_program
 
 ROOT = Path(__file__).parents[2]
 

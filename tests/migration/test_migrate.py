@@ -24,7 +24,7 @@ from db.config import Settings
 from db.errors import BusyError, SchemaError, UnavailableError
 from db.migrate import alembic_config, current_revision, head_revision, require_head, upgrade
 from db.migration_session import _LOCK_KEY, direct_engine
-from tests.conftest import database_of
+from tests.servers import database_of
 
 ROOT = Path(__file__).parents[2]
 HEAD = head_revision()

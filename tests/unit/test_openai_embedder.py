@@ -9,6 +9,7 @@ import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def make(server):
 def waits(monkeypatch):
     """The backoffs between tries, noted and not waited for."""
     slept = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
+    # The module that waits, and not `time.sleep` itself: other threads of this process sleep, too.
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=slept.append))
     return slept
 
 
