@@ -1,6 +1,7 @@
 """Connections: one pool, psycopg's, under a SQLAlchemy engine; and direct ones for maintenance."""
 
 import logging
+import select
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,18 +83,35 @@ class Identity:
 # What works in the background does not queue for long for a connection that callers want, or that is not to be had.
 BACKGROUND_WAIT_S = 2.0
 
+# A connection that answered so short a time ago is asked again only where the server has said something since: it does
+# where it ends a session. To ask costs every call a round trip.
+_TRUSTED_S = 1.0
+
 MIN_POSTGRES = 16
 MIN_PGVECTOR = (0, 8)  # iterative index scans
 
 
 class StoreConnection(Connection[Any]):
-    """A pooled connection that knows what it is connected to."""
+    """A pooled connection that knows what it is connected to, and when it was last known to work."""
 
     identity: Identity
+    worked_at = float("-inf")
 
     def identify(self) -> None:
         [row] = self.execute(_IDENTITY, prepare=False).fetchall()
         self.identity = Identity(*row)
+
+    def check(self) -> None:
+        """Raise OperationalError where the session has been ended."""
+        now = time.monotonic()
+        if now - self.worked_at > _TRUSTED_S or self._is_told_something():
+            ConnectionPool.check_connection(self)
+            self.worked_at = now
+
+    def _is_told_something(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
 
 class _Pool(ConnectionPool[StoreConnection]):
@@ -189,7 +207,7 @@ class Database:
             configure=self._configure,
             # No `reset`: with one a worker takes connections back, and of a pool that is being closed it drops
             # them, open, until they are collected as garbage.
-            check=ConnectionPool.check_connection,
+            check=StoreConnection.check,
             close_returns=True,
             name="vectorkeep",
             open=False,

@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import psycopg
 import pytest
@@ -50,7 +50,26 @@ def test_connections_killed_while_idle_are_replaced_unnoticed(small, sql):
     for _ in range(2 * POOL_MAX):
         kill_all = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'vectorkeep'"
         sql(f"{kill_all} AND datname = current_database()")
+        with small.pool.connection() as connection:
+            connection.execute("SELECT 1")
         assert_works(small)
+
+
+def test_a_connection_is_asked_whether_it_works_but_not_where_it_has_just_answered(small, sql, monkeypatch):
+    with small.pool.connection() as connection:
+        pid = connection.info.backend_pid
+        connection.execute("SELECT 'mine'")
+
+    def last_statement_once_taken():
+        with ExitStack() as taken:
+            while taken.enter_context(small.pool.connection()).info.backend_pid != pid:
+                pass
+            return sql("SELECT query FROM pg_stat_activity WHERE pid = %s", pid)
+
+    monkeypatch.setattr("db.engine._TRUSTED_S", 600.0)
+    assert last_statement_once_taken() == [("SELECT 'mine'",)]
+    monkeypatch.setattr("db.engine._TRUSTED_S", 0.0)
+    assert last_statement_once_taken() == [("",)]
 
 
 def test_connections_killed_in_use_go_back_to_the_pool(small, sql):
