@@ -21,6 +21,7 @@ _ROWS = 20_000
 _QUICK_ROWS = 2_000
 _WIDE = 1536
 _ROUNDS = 5
+_LEAST_S = 20.0
 
 _HOW = (
     "Both sides write the same rows, all columns of them, to the same table with the same indexes on the same server; "
@@ -28,7 +29,7 @@ _HOW = (
     "By hand is what a competent engineer writes with psycopg and pgvector: binary COPY with set_types and write_row, "
     "1,000 rows a transaction as batch_upsert writes them, the hashes of each row computed as part of the work; staged "
     "SQL is that COPY into a temporary table and INSERT … SELECT … ON CONFLICT DO UPDATE. 'No hashes' leaves them out.",
-    "Each figure is the median of the rounds, each ratio the median of the rounds' own ratios (lowest–highest in "
+    "Each figure is the median of {rounds}, each ratio the median of the rounds' own ratios (lowest–highest in "
     "brackets); the sides take turns in alternating order, each after VACUUM (ANALYZE), {checkpoint} and Python's "
     "garbage collection. Autovacuum is off on the scratch tables: it would hit one side only.",
 )
@@ -45,7 +46,12 @@ def benchmark(
         typer.Option(min=100, help=f"Rows that most measures write, {_ROWS:,} by default; large tables have more."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=3, help=f"How often each side is timed, {_ROUNDS} by default.")
+        int | None,
+        typer.Option(
+            min=3,
+            help=f"How often each side is timed. Default: {_ROUNDS} times, short ones until {_LEAST_S:.0f} s are over.",
+            show_default=False,
+        ),
     ] = None,
     dimensions: Annotated[
         int | None,
@@ -93,7 +99,9 @@ def benchmark(
         scratch = Scratch(url)
         with scratch.server() as connection:
             where = machine(connection)
-        run = Run(scratch, rows or (_QUICK_ROWS if quick else _ROWS), rounds or _ROUNDS, vectors, wide, cli.output.say)
+        sizes = rows or (_QUICK_ROWS if quick else _ROWS), rounds or _ROUNDS
+        least_s = 0.0 if rounds or quick else _LEAST_S
+        run = Run(scratch, *sizes, vectors, wide, cli.output.say, least_s)
         measure(run, names)
     _print(cli, run, where, round(time.perf_counter() - started, 1))
     return None
@@ -116,7 +124,8 @@ def _checked_names(only: Sequence[str] | None) -> Sequence[str]:
 def _print(cli: Cli, run: Run, where: dict[str, object], duration_s: float) -> None:
     vectors = [f"{v.dimensions} dimensions: {v.described}" for v in (run.vectors, run.wide) if v is not None]
     checkpoint = "CHECKPOINT" if run.scratch.checkpoints else "no CHECKPOINT (the role may not)"
-    how = [line.format(checkpoint=checkpoint) for line in _HOW]
+    more = " or more" if run.least_s else ""
+    how = [line.format(checkpoint=checkpoint, rounds=f"{run.rounds} rounds{more}") for line in _HOW]
     cli.output.document(
         {
             "machine": where,
@@ -135,7 +144,8 @@ def _print(cli: Cli, run: Run, where: dict[str, object], duration_s: float) -> N
     for line in (described(where), *vectors, *how):
         cli.output.line(line)
     missed = _missed(run.figures)
-    cli.output.line(f"{run.rounds} rounds of {run.rows:,} rows in {duration_s:.0f} s; {_verdict(run.figures, missed)}")
+    verdict = _verdict(run.figures, missed)
+    cli.output.line(f"{run.rounds} rounds{more} of {run.rows:,} rows in {duration_s:.0f} s; {verdict}")
 
 
 def _missed(figures: Sequence[Figure]) -> list[str]:

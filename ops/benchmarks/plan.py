@@ -20,7 +20,8 @@ class Run:
     """One run of the benchmark.
 
     rows: what most measures write. vectors: of most measures. wide: others, for some of them, a quarter as many
-    rows; None for no such.
+    rows; None for no such. least_s: measures of which a round takes less than a second or two have more rounds, until
+    they took this long: what else a shared machine does comes and goes in seconds.
     """
 
     scratch: Scratch
@@ -29,6 +30,7 @@ class Run:
     vectors: Vectors
     wide: Vectors | None
     say: Say
+    least_s: float = 0.0
     figures: list[Figure] = field(default_factory=list)
 
     def add(self, *figures: Figure) -> None:
@@ -48,9 +50,11 @@ class Run:
         prepare: Callable[[str], None] = lambda _side: None,
         equal: Sequence[str] = (),
         vacuum: bool = True,
+        repeated: bool = False,
     ) -> Times:
         """Time `sides` over `databases`, which are at rest before every start, and vacuumed where `vacuum` says so.
 
+        repeated: short rounds may be repeated, the sides need not know how often.
         In the first round those named `equal` must leave the (first) database alike; else raises UnequalWork.
         """
         left: dict[str, object] = {}
@@ -64,7 +68,8 @@ class Run:
             if number == 0 and side in equal:
                 left[side] = databases[0].fingerprint()
 
-        times = compete(sides, rounds=self.rounds, prepare=make_ready, say=self.say, after=look)
+        least_s = self.least_s if repeated else 0.0
+        times = compete(sides, rounds=self.rounds, prepare=make_ready, say=self.say, after=look, least_s=least_s)
         for side in equal:
             if left[side] != left[equal[0]]:
                 raise UnequalWork(f"{side!r} left {left[side]}, and {equal[0]!r} {left[equal[0]]}")

@@ -9,6 +9,9 @@ from statistics import median
 Say = Callable[[str], None]
 Side = Callable[[int], object]  # does the work once; is told the number of the round, from 0
 
+# Rounds that are repeated because they are short come to no more than this many times what was asked for.
+_MOST_REPEATS = 4
+
 
 @dataclass(frozen=True)
 class Times:
@@ -31,21 +34,24 @@ def compete(
     prepare: Callable[[str], None],
     say: Say,
     after: Callable[[str, int], None] = lambda _side, _number: None,
+    least_s: float = 0.0,
 ) -> Times:
-    """Time the `sides` in turns, in an order that alternates.
+    """Time the `sides` in turns, in an order that alternates: `rounds` times, and then until they took `least_s`.
 
     Before each, untimed: `prepare(side)` makes the state that all start from, and Python collects its garbage.
     `after(side, number)` looks at what it left, untimed too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
+    for number in range(_MOST_REPEATS * rounds):
+        if number >= rounds and sum(map(sum, seconds.values())) >= least_s:
+            break
         for name in order_of(list(sides), number):
             prepare(name)
             gc.collect()
             started = time.perf_counter()
             sides[name](number)
             seconds[name].append(time.perf_counter() - started)
-            say(f"  round {number + 1} of {rounds}, {name}: {seconds[name][-1]:.3f} s")
+            say(f"  round {number + 1}, {name}: {seconds[name][-1]:.3f} s")
             after(name, number)
     return Times(seconds)
 

@@ -48,6 +48,7 @@ def measure_unchanged(run: Run) -> None:
                 _FIRST_EMBED: lambda _round: store.embed_batch(again, bulk=False),
             },
             prepare=prepare,
+            repeated=True,
         )
     with run.scratch.database(run.vectors) as database:
         conditions = _conditions_of_unchanged(database, run, given, again)

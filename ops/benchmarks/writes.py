@@ -46,6 +46,7 @@ def _first_load(run: Run, vectors: Vectors, rows: int) -> None:
             },
             prepare=lambda _side: database.truncate(),
             equal=(OURS, COPY, COPY_ONCE),
+            repeated=True,
         )
     measured = f"first load, no vector index, {size(rows, vectors)}"
     for other, target in ((COPY, FIRST_LOAD_TARGET), (COPY_ONCE, None), (COPY_UNHASHED, None)):
@@ -74,6 +75,7 @@ def _upsert_new(run: Run, vectors: Vectors, rows: int) -> None:
             },
             prepare=lambda _side: database.restore(),
             equal=(OURS, STAGED, COPY),
+            repeated=True,
         )
     measured = f"upsert of all-new rows beside as many, no vector index, {size(rows, vectors)}"
     for other, target in ((STAGED, UPSERT_TARGET), (COPY, None), (STAGED_UNHASHED, None)):
@@ -101,6 +103,7 @@ def _upsert_changed(run: Run, vectors: Vectors, rows: int) -> None:
             },
             prepare=lambda _side: database.restore(),
             equal=(OURS, STAGED),
+            repeated=True,
         )
     measured = f"upsert of all-changed rows, no vector index, {size(rows, vectors)}"
     for other in (STAGED, STAGED_UNHASHED):

@@ -60,6 +60,18 @@ def test_only_the_sides_are_timed(clock):
     assert done[:6] == [("prepare", "a"), ("a", 0), ("after", "a", 0), ("prepare", "b"), ("b", 0), ("after", "b", 0)]
 
 
+@pytest.mark.parametrize(("least_s", "rounds"), [(0, 3), (33, 3), (34, 4), (44, 4), (500, 12)])
+def test_short_rounds_are_repeated_until_the_sides_took_long_enough(clock, least_s, rounds):
+    times = compete(
+        {"a": lambda _number: clock.pass_s(1), "b": lambda _number: clock.pass_s(10)},
+        rounds=3,
+        prepare=lambda _name: clock.pass_s(1000),
+        say=lambda _text: None,
+        least_s=least_s,
+    )
+    assert times.seconds == {"a": [1] * rounds, "b": [10] * rounds}
+
+
 def test_a_rate_is_that_of_the_median_and_a_ratio_the_median_of_the_rounds_own():
     times = Times({"ours": [2.0, 1.0, 8.0], "by hand": [1.0, 1.0, 6.0]})
     figure = rate_figure("m", "what", times, 100, side="ours", other="by hand")
