@@ -195,11 +195,12 @@ class _Measurement:
         result = self.searcher.search(self.connection, query, self.model).result
         return result, (time.perf_counter() - started) * 1000
 
-    def _through_index(self, query: Query) -> SearchResult:
-        """The answer of the index, also where the server would rather compare the rows of a small table."""
+    @contextmanager
+    def _index_preferred(self) -> Iterator[None]:
+        """Inside, the index answers also where the server would rather compare the rows of a small table."""
         with self.connection.transaction(force_rollback=True):  # what is set here ends here
             self.connection.execute("SET LOCAL enable_seqscan = off")
-            return self._timed(query)[0]
+            yield
 
     def _exactly(self, query: Query) -> tuple[SearchResult, float]:
         """The exact answer, in a transaction whose remaining statements use no index scan."""
@@ -215,13 +216,14 @@ class _Measurement:
 
     def _reaches_itself(self, question: Question) -> bool:
         """Whether a row is found by its own vector, at last with the most patient search. Ties will do."""
-        for ef_search in sorted({self.request.ef_search, MAX_EF_SEARCH}):
-            hits = self._through_index(self._query(question, ef_search, itself=True))
-            if hits.exact:
-                continue  # the index brought too few, so all rows were compared
-            own = self._distance_to_itself(question)
-            if any(hit.id == question.row_id for hit in hits) or hits[-1].distance <= own + self._rounding(own):
-                return True
+        own = self._distance_to_itself(question)
+        with self._index_preferred():
+            for ef_search in sorted({self.request.ef_search, MAX_EF_SEARCH}):
+                hits, _ = self._timed(self._query(question, ef_search, itself=True))
+                if hits.exact:
+                    continue  # the index brought too few, so all rows were compared
+                if any(hit.id == question.row_id for hit in hits) or hits[-1].distance <= own + self._rounding(own):
+                    return True
         return False
 
     def _is_there(self, question: Question) -> bool:
@@ -256,12 +258,13 @@ class _Measurement:
         """Recall of the same questions with another ef_search; None where the time is over."""
         if ef_search not in self.recall_at:
             found = []
-            for trial in self.trials:
-                if self._is_over():
-                    self.cut_short = True
-                    return None
-                hits = self._through_index(self._query(trial.question, ef_search))
-                found.append(min(trial.possible, sum(hit.distance <= trial.reach for hit in hits)))
+            with self._index_preferred():
+                for trial in self.trials:
+                    if self._is_over():
+                        self.cut_short = True
+                        return None
+                    hits, _ = self._timed(self._query(trial.question, ef_search))
+                    found.append(min(trial.possible, sum(hit.distance <= trial.reach for hit in hits)))
             self.recall_at[ef_search] = self._recall(found)
         return self.recall_at[ef_search]
 
