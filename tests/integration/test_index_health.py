@@ -83,7 +83,7 @@ def test_a_build_that_runs_tells_how_far_it_is_and_is_no_damage(filled, sql, dat
 def test_progress_has_per_cent_and_time_to_go(store, sql, until):
     """Over enough rows for the build to be seen at work."""
     with store.bulk_load():
-        store.batch_upsert(documents(unit_rows(15_000)))
+        store.batch_upsert(documents(unit_rows(10_000)))
     seen = []
 
     def rebuild():
