@@ -1,7 +1,7 @@
 """One batch of documents written in one transaction, a document always with all its chunks."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from threading import Event
@@ -135,7 +135,7 @@ class UpsertBatch:
     def write(self, transaction: WriteTransaction, sent: Event | None = None) -> dict[str, Outcome]:
         """Write what differs from the stored rows. Returns the outcome of every document by id.
 
-        sent: set once new documents are on their way to the server.
+        sent: set once documents are on their way to the server.
         """
         cursor, now = transaction.cursor, datetime.now(UTC)
         stored = lock_stored(cursor, self.stored & self.ids)
@@ -151,7 +151,7 @@ class UpsertBatch:
         inserted = {d.id for d in new}
         updated = [d for d in documents if d.id not in inserted and stored[d.id].differs(d)]
         if updated:
-            _update_stored(cursor, updated, stored, self.model_id, now)
+            _update_stored(cursor, updated, stored, self.model_id, now, sent)
             faults.point("upsert.updated")
             _chunks_of_updated(transaction, updated, stored)
             faults.point("upsert.updated_chunks")
@@ -201,7 +201,7 @@ def _copy_new(
     """
     try:
         with cursor.connection.transaction():
-            copy_documents(cursor, new if sent is None else _then(new, sent.set), model_id, now)
+            copy_documents(cursor, _telling(sent, new), model_id, now)
             faults.point("upsert.copied_documents")
             copy_chunks(cursor, new)
     except (pg.UniqueViolation, pg.FeatureNotSupported):
@@ -209,9 +209,11 @@ def _copy_new(
     return True
 
 
-def _then(documents: Iterable[PreparedDocument], tell: Callable[[], None]) -> Iterator[PreparedDocument]:
+def _telling(sent: Event | None, documents: Iterable[PreparedDocument]) -> Iterator[PreparedDocument]:
+    """The `documents`; once all were taken, `sent` is set."""
     yield from documents
-    tell()
+    if sent is not None:
+        sent.set()
 
 
 def _insert_new(
@@ -248,9 +250,10 @@ def _update_stored(
     stored: dict[str, StoredRow],
     model_id: str,
     now: datetime,
+    sent: Event | None,
 ) -> None:
     create_staging(cursor)
-    stage_documents(cursor, documents, model_id, now)
+    stage_documents(cursor, _telling(sent, documents), model_id, now)
     shapes: dict[tuple[LiteralString, LiteralString], list[str]] = {}
     for document in documents:
         shape = _vector_part(document, stored[document.id]), _KEPT_CHUNKS if document.chunks is None else _NEW_CHUNKS

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 import db
+from db import batch_writer
 from db.locks import LOCK_CLASS, Purpose
 
 IDS = [f"id {n}" for n in range(40)]
@@ -117,13 +118,13 @@ def test_deletions_between_upserts_leave_no_part_behind(store, sql):
 
 @pytest.fixture
 def first_waits(sql):
-    """Every row of source `one` waits, once inserted, for the lock 42 of the test's own session."""
+    """Every row of source `one` waits, once it is written, for the lock 42 of the test's own session."""
     sql("""
         CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN PERFORM pg_advisory_xact_lock_shared(42); RETURN NULL; END $$
     """)
     sql("""
-        CREATE TRIGGER wait AFTER INSERT ON embeddings FOR EACH ROW
+        CREATE TRIGGER wait AFTER INSERT OR UPDATE ON embeddings FOR EACH ROW
         WHEN (NEW.source_id = 'one') EXECUTE FUNCTION wait()
     """)
     sql("SELECT pg_advisory_lock(42)")
@@ -182,4 +183,25 @@ def test_the_next_batch_is_made_ready_while_one_is_written(store, database_url):
         asked_in_time = asked.wait(10)
         other.rollback()
         assert writing.result().inserted == 3
+    assert asked_in_time
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_next_batch_is_begun_as_soon_as_the_rows_of_one_are_sent(store, sql, first_waits, monkeypatch, stored):
+    monkeypatch.setattr(batch_writer, "_HEAD_START_S", 60)  # longer than this test would wait
+    if stored:
+        store.batch_upsert([{"id": f"{n}", "text": "old"} for n in range(3)])
+    asked = threading.Event()
+
+    def documents():
+        yield from ({"id": f"{n}", "text": "x", "source_id": "one"} for n in range(2))
+        asked.set()
+        yield {"id": "2", "text": "x", "source_id": "one"}
+
+    with ThreadPoolExecutor(1) as caller:
+        writing = caller.submit(store.batch_upsert, documents(), batch_size=2)
+        asked_in_time = asked.wait(10)
+        sql("SELECT pg_advisory_unlock(42)")
+        result = writing.result()
+    assert (result.inserted, result.updated) == ((0, 3) if stored else (3, 0))
     assert asked_in_time
