@@ -36,19 +36,25 @@ _MIN_BUILD_MB = 64
 _MAX_BUILD_MB = 1024
 
 _IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
-# An interrupted build leaves an invalid index, a REINDEX an invalid copy; one that runs, by whomever, has one too.
 # Whether this role owns the tables of vectors, or is a member of who does: indexes are the owner's to build.
 OWNS_TABLES = sql.SQL("""
     (SELECT bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
      WHERE oid IN ('embeddings'::regclass, 'chunks'::regclass))
 """)
-_LEFTOVERS = """
-    SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
-    WHERE NOT indisvalid AND indrelid = ANY(%s::regclass[]) AND (relname ~ '_cc(new|old)[0-9]*$' OR relname = ANY(%s))
-      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
-                      WHERE running.datname = current_database() AND running.relid = indrelid)
+# An interrupted build leaves an invalid index, an interrupted REINDEX CONCURRENTLY an invalid copy with such a name.
+REINDEX_LEFTOVER = "_cc(new|old)[0-9]*$"
+# Whoever builds an index of a table now has it invalid, too: it is no leftover.
+# All databases of the server are in this view, and in a copy of this one its tables have the same OIDs.
+NOT_BEING_BUILT = sql.SQL("""
+    NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
+                WHERE running.datname = current_database() AND running.relid = index.indrelid)
+""")
+_LEFTOVERS = sql.SQL("""
+    SELECT relname FROM pg_class JOIN pg_index AS index ON index.indexrelid = pg_class.oid
+    WHERE NOT index.indisvalid AND index.indrelid = ANY(%s::regclass[]) AND (relname ~ %s OR relname = ANY(%s))
+      AND {not_being_built}
     ORDER BY relname
-"""
+""").format(not_being_built=NOT_BEING_BUILT)
 _COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")
 _RECORD_BUILD = """
     INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms, changes)
@@ -107,7 +113,7 @@ def leftovers(connection: Connection[Any]) -> list[str]:
     """Invalid indexes that interrupted builds left: they serve nobody and slow every write."""
     tables = [table.name for table in INDEXED_TABLES]
     names = [vector_index_name(table) for table in tables]
-    return [name for (name,) in connection.execute(_LEFTOVERS, (tables, names)).fetchall()]
+    return [name for (name,) in connection.execute(_LEFTOVERS, (tables, REINDEX_LEFTOVER, names)).fetchall()]
 
 
 def drop_leftovers(connection: Connection[Any], *, wait_ms: int = _CONCURRENT_WAIT_MS) -> list[str]:

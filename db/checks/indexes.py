@@ -15,27 +15,23 @@ from ..errors import BusyError, PermissionDeniedError
 from ..index_health import inspect_indexes
 from ..locks import Purpose, advisory_lock, other_holders
 from ..models import Base, vector_index_name
-from ..vector_index import INDEXED_TABLES, ensure_vector_indexes
+from ..vector_index import INDEXED_TABLES, NOT_BEING_BUILT, REINDEX_LEFTOVER, ensure_vector_indexes
 from .base import Examination, Found, Needs, check, fail, ok, warn
 from .schema import our_tables
 
 # CREATE, REINDEX and DROP ... CONCURRENTLY wait for older transactions, which stops nobody.
 _CONCURRENT_WAIT_MS = 600_000
-_LEFTOVER = re.compile(r"_cc(new|old)\d*$")
 
-# Whoever builds an index of a table now may have it invalid: it is no leftover.
-# All databases of the server are in this view, and in a copy of this one its tables have the same OIDs.
-_INVALID = """
+_INVALID = sql.SQL("""
     SELECT class.relname, index.indexrelid::regclass::text, table_class.relname
     FROM pg_index AS index
     JOIN pg_class AS class ON class.oid = index.indexrelid
     JOIN pg_class AS table_class ON table_class.oid = index.indrelid
     WHERE NOT (index.indisvalid AND index.indisready AND index.indislive)
       AND index.indrelid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
-      AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
-                      WHERE running.datname = current_database() AND running.relid = index.indrelid)
+      AND {not_being_built}
     ORDER BY 1
-"""
+""").format(not_being_built=NOT_BEING_BUILT)
 # Builds of other roles, of which a role without pg_read_all_stats sees the process and not the table.
 _UNSEEN = "SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database() AND relid IS NULL"
 _BUILDING = """
@@ -61,7 +57,7 @@ def invalid_indexes(examination: Examination) -> Iterator[Found]:
     for name, phase, pid, percent in examination.rows(_BUILDING, our_tables()):
         yield ok(f"{name} is being built by process {pid}: {phase}, {percent or 0:.0f} %")
     unseen = [pid for (pid,) in examination.rows(_UNSEEN)]
-    for name, shown, table in examination.rows(_INVALID, our_tables()):
+    for name, shown, table in examination.connection.execute(_INVALID, (our_tables(),)).fetchall():
         if unseen:
             yield warn(
                 f"{shown} on {table} is invalid, left of an interrupted build or what process {unseen[0]} builds: "
@@ -70,7 +66,7 @@ def invalid_indexes(examination: Examination) -> Iterator[Found]:
                 subject=name,
             )
             continue
-        leftover = _LEFTOVER.search(name) is not None
+        leftover = re.search(REINDEX_LEFTOVER, name) is not None
         what = "left of an interrupted REINDEX" if leftover else "invalid: its build was interrupted"
 
         def mend(name: str = name, table: str = table, leftover: bool = leftover) -> str:
