@@ -26,6 +26,8 @@ PLANNED_ROWS = 10_000
 # Of fewer pages asked for, the share that was found in memory says nothing.
 _ENOUGH_PAGES = 10_000
 
+# The index by its name in this snapshot: to_regclass knows newer ones, and what a REINDEX CONCURRENTLY has just given
+# the name to is not valid yet in it.
 _SERVER = """
     SELECT index.indexrelid IS NOT NULL, coalesce(index.indisvalid, false), coalesce(index.indisready, false),
            coalesce(pg_relation_size(index.indexrelid), 0),
@@ -39,7 +41,8 @@ _SERVER = """
            coalesce(pages.idx_blks_hit, 0), coalesce(pages.idx_blks_read, 0),
            pg_size_bytes(current_setting('shared_buffers'))
     FROM pg_class AS table_class
-    LEFT JOIN pg_index AS index ON index.indexrelid = to_regclass(%(index)s)
+    LEFT JOIN (pg_index AS index JOIN pg_class AS index_class ON index_class.oid = index.indexrelid)
+        ON index.indrelid = table_class.oid AND index_class.relname = %(index)s
     LEFT JOIN pg_stat_user_tables AS tables ON tables.relid = table_class.oid
     LEFT JOIN pg_stat_user_indexes AS indexes ON indexes.indexrelid = index.indexrelid
     LEFT JOIN pg_statio_user_indexes AS pages ON pages.indexrelid = index.indexrelid

@@ -45,6 +45,12 @@ _ESTIMATE_TTL_S = 10.0
 _MAX_ESTIMATES = 1000
 _MAX_VISITS = 20_000  # of one scan: pgvector's own default
 
+# By its name in this snapshot: to_regclass knows newer ones, and what a REINDEX CONCURRENTLY has just given the name to
+# is not valid yet in it.
+_VALID_INDEX = """
+    SELECT FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE indrelid = to_regclass(%s) AND relname = %s AND indisvalid
+"""
 _SET_LOCAL = "SELECT set_config(name, value, true) FROM unnest(%s::text[], %s::text[]) AS setting (name, value)"
 
 _OPERATOR = {"cosine": sql.SQL("<#>"), "inner_product": sql.SQL("<#>"), "l2": sql.SQL("<->")}
@@ -193,9 +199,7 @@ def _planned_rows(connection: Connection[Any], table: str, columns: Filter) -> i
 
 
 def _has_valid_index(connection: Connection[Any], table: str) -> bool:
-    statement = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
-    row = connection.execute(statement, (vector_index_name(table),)).fetchone()
-    return bool(row and row[0])
+    return connection.execute(_VALID_INDEX, (table, vector_index_name(table))).fetchone() is not None
 
 
 def _too_large_for_half(vector: NDArray[np.float32], model: Model) -> bool:

@@ -6,6 +6,9 @@ import pytest
 
 import db
 from db.errors import DimensionError, ValidationError
+from db.filters import Filter
+from db.index_facts import gather
+from db.search import Query, Searcher
 
 D = 8
 ROWS = 3000
@@ -156,6 +159,31 @@ def test_without_a_valid_index_every_row_is_compared(open_store, admin, analyzed
     result = store.search(vectors[5], 3)
     assert result.exact
     assert ids(result)[0] == "d00005"
+
+
+def test_an_index_that_is_exchanged_after_the_snapshot_was_taken_is_valid_in_it(open_store, admin, analyzed):
+    """As REINDEX CONCURRENTLY does at its end: the name goes to one that was not valid before."""
+    vectors = np.random.default_rng(3).standard_normal((1500, D)).astype(np.float32)
+    store = open_store()
+    store.batch_upsert(documents(vectors))
+    analyzed()
+    [(definition,)] = admin.execute("SELECT pg_get_indexdef('embeddings_vector_idx'::regclass)").fetchall()
+    admin.execute(definition.replace("embeddings_vector_idx", "next_idx"))
+    set_valid = "UPDATE pg_index SET indisvalid = %s WHERE indexrelid = %s::regclass"
+    admin.execute(set_valid, (False, "next_idx"))
+    with store.pool.connection() as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        with connection.transaction():
+            connection.execute("SELECT FROM pg_class LIMIT 1")
+            with admin.transaction():
+                admin.execute("ALTER INDEX embeddings_vector_idx RENAME TO former_idx")
+                admin.execute("ALTER INDEX next_idx RENAME TO embeddings_vector_idx")
+                admin.execute(set_valid, (False, "former_idx"))
+                admin.execute(set_valid, (True, "embeddings_vector_idx"))
+            query = Query(vectors[5], 3, "documents", Filter(), 100, False)
+            assert not Searcher().search(connection, query, store.model).result.exact
+            assert gather(connection, store.model, "documents", {}).server.valid
+        connection.isolation_level = None
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-30, 1e30])
