@@ -78,7 +78,12 @@ _UNDELIVERED = """
     ORDER BY id LIMIT 500
     FOR UPDATE SKIP LOCKED
 """
-_DELIVERED = "UPDATE write_log SET delivered_at = clock_timestamp() WHERE id = ANY(%s)"
+# With them what triggers logged of the same transactions, as far as the same was told.
+_DELIVERED = """
+    UPDATE write_log SET delivered_at = clock_timestamp()
+    FROM write_log AS told
+    WHERE told.id = ANY(%s) AND write_log.xid = told.xid AND write_log.tags <@ told.tags
+"""
 
 
 @dataclass(frozen=True, slots=True)

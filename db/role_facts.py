@@ -5,10 +5,11 @@ from typing import Any
 
 from psycopg import Connection
 
+from . import write_triggers
 from .shadow import SHADOW
 from .swap import PREVIOUS
 
-FUNCTIONS = ("vectorkeep_scope", "vectorkeep_still_true")
+FUNCTIONS = ("vectorkeep_scope", "vectorkeep_still_true", write_triggers.FUNCTION)
 _SEPARATED = ["embeddings", "chunks"]
 
 _SESSION = """

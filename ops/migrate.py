@@ -14,6 +14,7 @@ from db.engine import connect_directly
 from db.errors import translated
 from db.migrate import current_revision, head_revision, upgrade
 from db.roles import DEFAULT_PREFIX, RolesPlan, RolesResult, make_roles, roles_sql
+from db.write_triggers import set_write_triggers
 
 from .command import Cli
 from .exit_codes import ExitCode
@@ -60,6 +61,14 @@ def migrate(
     print_sql: Annotated[
         bool, typer.Option("--print-sql", help="With --roles: print the SQL, for an administrator; change nothing.")
     ] = False,
+    triggers: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-triggers/--without-triggers",
+            help="Also make triggers that tell the cache of writes by other SQL, or drop them.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> ExitCode | None:
     """Bring the schema to the newest revision.
 
@@ -68,6 +77,8 @@ def migrate(
     """
     chosen = _chosen_model(model, dimensions, distance, adopt=adopt)
     plan = _roles_plan(role_prefix, roles=roles, tenants=tenants, print_sql=print_sql)
+    if triggers is not None and (check or adopt or print_sql):
+        raise typer.BadParameter("goes without --check, --adopt and --print-sql", param_hint="--with-triggers")
     with target_url(cli.options) as url:
         if check:
             return _check(cli, url)
@@ -82,9 +93,12 @@ def migrate(
             cli.output.say(f"registering {chosen.model_id} and building its indexes")
             registry.register_model(url, chosen.model_id, chosen.dimensions, chosen.distance.value)
         made = make_roles(url, plan) if plan is not None else None
-    model_shown = asdict(chosen) if chosen else None
-    cli.output.document({"before": before, "after": after, "model": model_shown, **_roles_shown(made)})
-    cli.output.fields({"before": before or "none", "after": after, **_model_fields(chosen), **_roles_fields(made)})
+        if triggers is not None:
+            set_write_triggers(url, wanted=triggers)
+    done = {"before": before, "after": after, "model": asdict(chosen) if chosen else None}
+    cli.output.document({**done, **_roles_shown(made), **_triggers_shown(triggers)})
+    done = {"before": before or "none", "after": after, **_model_fields(chosen), **_roles_fields(made)}
+    cli.output.fields({**done, **_triggers_shown(triggers)})
     for note in made.notes if made else ():
         cli.output.say(note)
     return None
@@ -165,3 +179,7 @@ def _roles_fields(made: RolesResult | None) -> dict[str, Any]:
     if made is None:
         return {}
     return {"roles": ", ".join(made.roles.values()), "row_level_security": "on" if made.tenants else "off"}
+
+
+def _triggers_shown(triggers: bool | None) -> dict[str, Any]:
+    return {} if triggers is None else {"triggers": "on" if triggers else "off"}

@@ -23,6 +23,21 @@ def test_a_fresh_database_is_brought_to_head_and_again(vectorkeep):
     assert vectorkeep("stats").fields["documents"] == "0"
 
 
+def test_triggers_are_made_and_dropped(vectorkeep, database_url):
+    def count():
+        with psycopg.connect(database_url) as connection:
+            return connection.execute("SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal").fetchone()[0]
+
+    assert vectorkeep("migrate", "--with-triggers").fields["triggers"] == "on"
+    assert count() == 8
+    assert "triggers" not in vectorkeep("migrate").fields
+    assert count() == 8
+    assert vectorkeep("migrate", "--without-triggers", "--json").json["triggers"] == "off"
+    assert count() == 0
+    for other in ("--check", "--print-sql --roles", "--adopt --model m"):
+        assert "--with-triggers" in vectorkeep("migrate", "--with-triggers", *other.split(), code=2).err
+
+
 def test_check_tells_and_changes_nothing(vectorkeep, database_url):
     behind = vectorkeep("migrate", "--check", "--json", code=4)
     assert behind.json == {"current": None, "head": head_revision(), "at_head": False}

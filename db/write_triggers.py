@@ -1,0 +1,116 @@
+"""Triggers that log every write to the tables in `write_log`, for SQL that goes past the library.
+
+What the library writes is logged by its own transaction. SQL beside it must call `store.record_write`, or a cached
+answer outlives what it changed; with these triggers it need not. They run after each statement, whoever it is from and
+by whatever way the rows came (COPY, MERGE, a foreign key, TRUNCATE), and log the sources and workspaces that its rows
+had before and have after. The library's writes are logged twice then, which costs a row and nothing else.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, LiteralString
+
+from psycopg import Connection
+from psycopg.sql import SQL, Composed, Identifier, Literal
+
+from .config import Settings
+from .engine import connect_directly
+from .errors import translated
+from .migrate import require_head
+from .transactions import EVERYTHING, MAX_TAGS
+
+logger = logging.getLogger("vectorkeep")
+
+FUNCTION = "vectorkeep_log_statement"
+TABLES = ("embeddings", "chunks")
+# What a statement leaves, or has found, as tables of its rows.
+_ROWS: dict[LiteralString, LiteralString] = {
+    "insert": "REFERENCING NEW TABLE AS new_rows",
+    "update": "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
+    "delete": "REFERENCING OLD TABLE AS old_rows",
+    "truncate": "",
+}
+
+# It writes as the owner of the tables: a tenant's rows are logged though no tenant may read the log.
+_MAKE_FUNCTION = SQL("""
+    CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $function$
+    DECLARE
+        touched text[] := ARRAY[]::text[];
+    BEGIN
+        IF TG_OP = 'TRUNCATE' THEN
+            touched := ARRAY[{everything}];
+        END IF;
+        IF TG_OP IN ('INSERT', 'UPDATE') THEN
+            touched := ARRAY(SELECT DISTINCT tag FROM new_rows, {tags});
+        END IF;
+        IF TG_OP IN ('DELETE', 'UPDATE') THEN
+            touched := ARRAY(SELECT unnest(touched) UNION SELECT tag FROM old_rows, {tags});
+        END IF;
+        IF cardinality(touched) > {most} THEN
+            touched := ARRAY[{everything}];
+        END IF;
+        IF cardinality(touched) > 0 THEN
+            INSERT INTO write_log (tags) VALUES (touched || 'store'::text);
+        END IF;
+        RETURN NULL;
+    END
+    $function$
+""")
+_TAGS = SQL("unnest(ARRAY['source:' || source_id, 'workspace:' || workspace]) AS tag WHERE tag IS NOT NULL")
+_MAKE_TRIGGER = SQL("""
+    CREATE OR REPLACE TRIGGER {name} AFTER {event} ON {table} {rows} FOR EACH STATEMENT EXECUTE FUNCTION {function}()
+""")
+_SCHEMA = """
+    SELECT nspname, pg_get_userbyid(relowner) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE pg_class.oid = 'embeddings'::regclass
+"""
+
+
+def set_write_triggers(url: str, *, wanted: bool) -> None:
+    """Make the triggers on the tables of the store at `url`, or drop them. Safe to run again; one transaction.
+
+    Raises BusyError where a table's lock is not to be had within `lock_timeout_s`: for a moment nobody may write.
+    PermissionDeniedError: the tables are another role's.
+    """
+    settings = Settings(database_url=url)
+    with translated(), connect_directly(url, settings) as connection:
+        require_head(connection)
+        with connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = {round(settings.lock_timeout_s * 1000)}")
+            for statement in _made(connection) if wanted else _dropped():
+                connection.execute(statement)
+    logger.info("write_triggers.made" if wanted else "write_triggers.dropped")
+
+
+def _made(connection: Connection[Any]) -> Iterator[Composed]:
+    [(schema, owner)] = connection.execute(_SCHEMA).fetchall()
+    function = Identifier(schema, FUNCTION)
+    yield _MAKE_FUNCTION.format(
+        function=function,
+        schema=Identifier(schema),
+        everything=Literal(EVERYTHING),
+        most=Literal(MAX_TAGS),
+        tags=_TAGS,
+    )
+    yield SQL("ALTER FUNCTION {}() OWNER TO {}").format(function, Identifier(owner))
+    # Else anybody could have a table of theirs write into the log.
+    yield SQL("REVOKE EXECUTE ON FUNCTION {}() FROM PUBLIC").format(function)
+    for table in TABLES:
+        for event, rows in _ROWS.items():
+            yield _MAKE_TRIGGER.format(
+                name=_name(event), event=SQL(event), table=Identifier(table), rows=SQL(rows), function=function
+            )
+            # A session that plays a replica fires no others.
+            yield SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(Identifier(table), _name(event))
+
+
+def _dropped() -> Iterator[Composed]:
+    for table in TABLES:
+        for event in _ROWS:
+            yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_name(event), Identifier(table))
+    yield SQL("DROP FUNCTION IF EXISTS {}()").format(Identifier(FUNCTION))
+
+
+def _name(event: LiteralString) -> Identifier:
+    return Identifier(f"vectorkeep_log_{event}")
