@@ -7,8 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from .documents import HashedItem
-
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -85,9 +83,9 @@ class BatchWriter(Generic[R]):
                 time.sleep(0)
             yield given
 
-    def overlaps(self, items: Iterable[HashedItem]) -> bool:
-        """Whether the batch under way has one of the `items`: what is stored of them is not known before it ends."""
-        return self._write is not None and any(item.id in self._ids for item in items)
+    def overlaps(self, ids: Iterable[str]) -> bool:
+        """Whether the batch under way has one of the `ids`: what is stored of them is not known before it ends."""
+        return self._write is not None and bool(self._ids) and not self._ids.isdisjoint(ids)
 
     def finish(self) -> R | None:
         """Wait for the batch under way, if there is one, and tell that it is done, in the caller's thread.

@@ -191,6 +191,8 @@ def _known_keys(value: Any, kind: type, *, required: Sequence[str]) -> dict[str,
 
 def check_key(name: str, value: Any) -> str:
     """`value` as an id, source or workspace: a string, not empty, at most 1 KiB, that UTF-8 can hold."""
+    if type(value) is str and value.isascii() and 0 < len(value) <= MAX_KEY_BYTES and "\0" not in value:
+        return value  # nearly every one
     if not isinstance(value, str) or not value:
         raise ValidationError(f"{name} is {shown(value)}; expected a string that is not empty")
     size = utf8_size(name, value)
@@ -200,6 +202,8 @@ def check_key(name: str, value: Any) -> str:
 
 
 def check_text(value: Any, name: str = "text") -> None:
+    if type(value) is str and value.isascii() and value and "\0" not in value:
+        return
     if not isinstance(value, str) or not value:
         raise ValidationError(f"{name} is {shown(value)}; expected a string that is not empty")
     utf8_size(name, value)

@@ -17,6 +17,7 @@ from . import faults
 from .batch_codec import BatchCodec, vectors_of
 from .batch_writer import BatchWriter
 from .change_detection import ItemChange, changed_ids, changed_items
+from .checked_batch import CheckedBatch, id_of
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
 from .engine import Database
@@ -26,7 +27,6 @@ from .tally import Tally, batches
 from .transactions import LoggedWrite, retried, run_write
 from .types import Document, Item
 from .upsert import Outcome, UpsertBatch
-from .values import shown
 
 logger = logging.getLogger("vectorkeep")
 
@@ -64,10 +64,14 @@ class Ingestion:
                 if self.model.registered is None:  # who registers one builds its index, and waits for open writes
                     all_new &= _all_inserted(writer.finish())
                 codec = BatchCodec(self.model, vectors_of(batch))
-                checked = _checked(writer.beside(batch), partial(prepare, model=codec), tally)
-                if all_new or self._must_finish(writer, checked):
+                checked = CheckedBatch(writer.beside(batch), partial(prepare, model=codec), tally)
+                if all_new or self._must_finish(writer, batch):
+                    checked.items()
                     all_new &= _all_inserted(writer.finish())
-                upsert = self._batch(checked, frozenset()) if all_new else self._changed_documents(checked, tally)
+                if all_new:
+                    upsert = self._batch(checked.items(), frozenset())
+                else:
+                    upsert = self._changed_documents(checked, tally)
                 writer.finish()
                 write = partial(self._write, upsert, tally, writer)
                 writer.start(upsert.ids, write, partial(self._done, tally, len(batch)), full=len(batch) == batch_size)
@@ -81,21 +85,22 @@ class Ingestion:
         """
         with BatchWriter[list[HashedItem]]() as writer:
             for batch in batches(iter(items), batch_size):
-                checked = _checked(writer.beside(batch), lambda given: hash_item(as_item(given)), tally)
-                if self._must_finish(writer, checked):
+                checked = CheckedBatch(writer.beside(batch), _hashed, tally)
+                if self._must_finish(writer, batch):
+                    checked.items()
                     writer.finish()
                 upsert = self._embed_changed(checked, embedder, tally)
                 writer.finish()
-                write = partial(self._write_found, upsert, checked, tally, writer)
+                write = partial(self._write_found, upsert, checked.items(), tally, writer)
                 done = partial(self._found_done, embedder, tally, len(batch))
                 writer.start(upsert.ids, write, done, full=len(batch) == batch_size)
 
-    def _must_finish(self, writer: BatchWriter[Any], items: Iterable[HashedItem]) -> bool:
-        """Whether `items` can be compared with what is stored only after the write under way.
+    def _must_finish(self, writer: BatchWriter[Any], batch: Iterable[Any]) -> bool:
+        """Whether `batch` can be compared with what is stored only after the write under way.
 
-        It has some of them, too; or there is one connection for both.
+        It has some of the same ids, too; or there is one connection for both.
         """
-        return self.database.settings.pool_max == 1 or writer.overlaps(items)
+        return self.database.settings.pool_max == 1 or writer.overlaps(map(id_of, batch))
 
     def _done(self, tally: Tally, inputs: int, _written: object = None) -> None:
         """A batch is written, and nothing of the next one yet."""
@@ -106,7 +111,8 @@ class Ingestion:
         """The same; items whose document was deleted, after its vector was found to stay, are embedded."""
         self._done(tally, inputs)
         while gone:
-            gone = self._write_found(self._embed_changed(gone, embedder, tally), gone, tally)
+            again = CheckedBatch(gone, lambda item: item, tally)
+            gone = self._write_found(self._embed_changed(again, embedder, tally), gone, tally)
 
     def _write_found(
         self, upsert: UpsertBatch, items: Sequence[HashedItem], tally: Tally, writer: BatchWriter[Any] | None = None
@@ -118,26 +124,27 @@ class Ingestion:
     def compare(self, items: Iterable[Item | Mapping[str, Any]], model_id: str, batch_size: int, tally: Tally) -> None:
         """Count what `embed` would do with `items`; nothing is embedded or written."""
         for batch in batches(iter(items), batch_size):
-            hashed = _checked(batch, lambda item: hash_item(as_item(item)), tally)
-            tally.add(self._outcomes_ahead(hashed, model_id))
+            tally.add(self._outcomes_ahead(CheckedBatch(batch, _hashed, tally), model_id))
             tally.progress(len(batch))
 
-    def _outcomes_ahead(self, items: Sequence[HashedItem], model_id: str) -> dict[str, Outcome]:
-        outcomes: dict[str, Outcome] = {item.id: "unchanged" for item in items}
-        for id_, change in self._changed_items(items, model_id).items():
+    def _outcomes_ahead(self, checked: CheckedBatch[HashedItem], model_id: str) -> dict[str, Outcome]:
+        changed = self._changed_items(checked, model_id)
+        outcomes: dict[str, Outcome] = {item.id: "unchanged" for item in checked.items()}
+        for id_, change in changed.items():
             outcomes[id_] = "updated" if change.stored else "inserted"
         return outcomes
 
-    def _changed_items(self, items: Sequence[HashedItem], model_id: str) -> dict[str, ItemChange]:
+    def _changed_items(self, checked: CheckedBatch[HashedItem], model_id: str) -> dict[str, ItemChange]:
         def look() -> dict[str, ItemChange]:
             with self.database.connection() as connection:
-                return changed_items(connection, items, model_id)
+                return changed_items(connection, checked.runs(), model_id)
 
-        return retried(look) if items else {}
+        return retried(look)
 
-    def _embed_changed(self, items: Sequence[HashedItem], embedder: TextEmbedder, tally: Tally) -> UpsertBatch:
-        """Those of `items` that changed, as documents; the text is embedded only where it did itself."""
-        changed = self._changed_items(items, embedder.model_id)
+    def _embed_changed(self, checked: CheckedBatch[HashedItem], embedder: TextEmbedder, tally: Tally) -> UpsertBatch:
+        """Those of `checked` that changed, as documents; the text is embedded only where it did itself."""
+        changed = self._changed_items(checked, embedder.model_id)
+        items = checked.items()
         tally.add({item.id: "unchanged" for item in items if item.id not in changed})
         to_embed = [item for item in items if item.id in changed and not changed[item.id].vector_stays]
         stored = {id_ for id_, change in changed.items() if change.stored}
@@ -154,14 +161,15 @@ class Ingestion:
                 tally.fail(item.id, str(exc))
         return replace(self._batch(documents, stored), update_only={d.id for d in documents if d.id not in embedded})
 
-    def _changed_documents(self, documents: Sequence[PreparedDocument], tally: Tally) -> UpsertBatch:
-        """Those of `documents` that differ from what is stored."""
+    def _changed_documents(self, checked: CheckedBatch[PreparedDocument], tally: Tally) -> UpsertBatch:
+        """Those of `checked` that differ from what is stored."""
 
         def look() -> dict[str, bool]:
             with self.database.connection() as connection:
-                return changed_ids(connection, documents)
+                return changed_ids(connection, checked.runs())
 
-        changed = retried(look) if documents else {}
+        changed = retried(look)
+        documents = checked.items()
         tally.add({d.id: "unchanged" for d in documents if d.id not in changed})
         stored = {id_ for id_, is_stored in changed.items() if is_stored}
         return self._batch([d for d in documents if d.id in changed], stored)
@@ -221,20 +229,8 @@ def _all_inserted(written: Mapping[str, Any] | None) -> bool:
     return all(outcome == "inserted" for outcome in (written or {}).values())
 
 
-def _checked(batch: Iterable[Any], check: Callable[[Any], H], tally: Tally) -> list[H]:
-    """The valid ones of `batch`, the last of each id. The others are counted."""
-    valid: dict[str, H] = {}
-    for given in batch:
-        try:
-            checked = check(given)
-        except ValidationError as exc:
-            tally.fail(_id_of(given), str(exc))
-            continue
-        if (earlier := valid.pop(checked.id, None)) is not None:
-            checked.follow(earlier)
-            tally.supersede()
-        valid[checked.id] = checked
-    return list(valid.values())
+def _hashed(given: Item | Mapping[str, Any]) -> HashedItem:
+    return hash_item(as_item(given))
 
 
 def _reason(exc: psycopg.Error) -> str:
@@ -242,9 +238,3 @@ def _reason(exc: psycopg.Error) -> str:
         return "its id is taken by a document that this role may not see"
     primary = exc.diag.message_primary or str(exc).strip()
     return f"{primary} ({exc.diag.message_detail})" if exc.diag.message_detail else primary
-
-
-def _id_of(given: Any) -> str:
-    """The id of an input that may be anything, for the list of errors."""
-    id_ = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
-    return id_ if isinstance(id_, str) else shown(id_)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 from .documents import part_of
-from .types import Progress
+from .types import Item, Progress
 from .upsert import Outcome
 
 logger = logging.getLogger("vectorkeep")
@@ -104,8 +104,9 @@ def batches(inputs: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _characters(given: Any) -> int:
     """How much text an input brings, with its chunks; 0 for what is no input at all. Asked for every input: fast."""
-    text, chunks = part_of(given, "text"), part_of(given, "chunks")
+    text = part_of(given, "text")
     characters = len(text) if isinstance(text, str) else 0
+    chunks = None if type(given) is Item else part_of(given, "chunks")
     if isinstance(chunks, list | tuple) and chunks:
         texts = (part_of(chunk, "text") for chunk in chunks)
         characters += sum(len(text) for text in texts if isinstance(text, str))

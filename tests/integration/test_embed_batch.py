@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import db
-from db import CallableEmbedder, Item, SchemaError, ValidationError, ingestion
+from db import CallableEmbedder, Item, SchemaError, ValidationError, checked_batch, ingestion
 from tests.integration.counting import Counting, counts, items, vector_of
 
 
@@ -229,6 +229,18 @@ def test_a_text_that_another_writer_changed_meanwhile_gets_a_vector_of_its_own(
     assert (document.text, document.embedding.tobytes()) == ("one", vector_of("one").tobytes())
     assert [c.text for c in document.chunks] == ["one"]
     assert counts(embedding_store.embed_batch(mine)) == {"skipped": 1}
+
+
+@pytest.mark.parametrize("run", [1, 2, 100])
+def test_an_id_that_comes_again_is_compared_by_its_last_text(embedding_store, monkeypatch, run):
+    """The server compares one run of a batch while the next is checked: the earlier text was compared, too."""
+    monkeypatch.setattr(checked_batch, "_RUN", run)
+    embedding_store.embed_batch([{"id": "a", "text": "one"}, {"id": "b", "text": "one"}, {"id": "c", "text": "one"}])
+    given = [("a", "two"), ("b", "one"), ("c", "one"), ("a", "one"), ("b", "two"), ("d", "one"), ("d", "two")]
+    result = embedding_store.embed_batch([{"id": id_, "text": text} for id_, text in given])
+    assert (result.skipped, result.updated, result.inserted, result.superseded) == (2, 1, 1, 3)
+    assert result.cache_hits == 0, "nothing is looked up for a text that is stored"
+    assert [d.text for d in embedding_store.get(["a", "b", "c", "d"])] == ["one", "two", "one", "two"]
 
 
 def test_a_query_text_finds_what_was_embedded_from_it(embedding_store, embedder):

@@ -6,8 +6,6 @@ import pytest
 
 from db import batch_writer
 from db.batch_writer import BatchWriter
-from db.documents import hash_item
-from db.types import Item
 
 MAIN = threading.current_thread().name
 
@@ -66,13 +64,12 @@ def test_a_write_that_cannot_send_at_once_keeps_nobody_from_the_next_batch():
 
 def test_it_is_known_what_is_under_way():
     written = threading.Event()
-    one, other = (hash_item(Item(id_, "text")) for id_ in "ab")
     with BatchWriter() as writer:
-        writer.start({"a"}, written.wait, nothing, full=True)
-        assert (writer.overlaps([other, one]), writer.overlaps([other])) == (True, False)
+        writer.start({"a"}, lambda: written.wait(10), nothing, full=True)
+        assert (writer.overlaps(iter("ba")), writer.overlaps(iter("b"))) == (True, False)
         written.set()
         writer.finish()
-        assert not writer.overlaps([one])
+        assert not writer.overlaps(iter("a"))
 
 
 def test_the_end_of_the_block_waits_and_raises_what_the_write_raised():
