@@ -9,7 +9,8 @@ from tests.fuzz.plain_where import passes
 
 VECTOR = [1.0] * DIMENSIONS
 _TABLES = "SELECT oid::regclass::text, relkind FROM pg_class WHERE relnamespace = 'public'::regnamespace"
-_ROLES = "SELECT rolname, rolsuper FROM pg_roles"
+# Other roles come and go: they are the whole server's, and other tests'.
+_ROLES = "SELECT rolname, rolsuper, rolcreaterole FROM pg_roles WHERE rolname IN (session_user, 'postgres')"
 _SETTINGS = "SELECT name, setting FROM pg_settings WHERE source IN ('session', 'database', 'user')"
 
 
