@@ -56,6 +56,6 @@ class CheckedBatch(Generic[H]):
 
 
 def id_of(given: Any) -> str:
-    """The id of an input that may be anything, for the list of errors."""
+    """The id of an input that may be anything and is not checked yet; where it has none that is text, what it has."""
     id_ = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
     return id_ if isinstance(id_, str) else shown(id_)

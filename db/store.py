@@ -371,7 +371,8 @@ class VectorStore(AbstractContextManager["VectorStore"]):
     ) -> None:
         """Tell what the caller's own SQL changes on `connection`, in the same transaction, before it commits.
 
-        Name the old and the new sources and workspaces of every changed row, or `everything`.
+        Name the old and the new sources and workspaces of every changed row, or `everything`. Where
+        `vectorkeep migrate --with-triggers` made triggers, statements on the tables need not be told.
         """
         if isinstance(sources, str) or isinstance(workspaces, str):
             raise ValidationError("sources or workspaces is a string; expected a sequence of them")
