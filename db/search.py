@@ -66,7 +66,7 @@ class Query:
     filter: Filter
     ef_search: int
     exact: bool
-    exclude_id: str | None = None  # of a stored row that is the question itself
+    exclude_id: str | None = None  # of a stored row that is the question itself: it is found, and not told
 
     def __post_init__(self) -> None:
         check_asked(self.k, self.level, self.ef_search)
@@ -76,9 +76,14 @@ class Query:
         return TABLE_OF[self.level]
 
     @property
+    def wanted(self) -> int:
+        """How many rows are to be found."""
+        return self.k + (self.exclude_id is not None)
+
+    @property
     def candidates(self) -> int:
         """How many rows an index scan brings for the exact ranking."""
-        return max(self.k, min(self.ef_search, 4 * self.k))
+        return max(self.wanted, min(self.ef_search, 4 * self.wanted))
 
 
 def check_asked(k: Any, level: Any, ef_search: Any) -> None:
@@ -254,9 +259,6 @@ def _statement(
 ) -> tuple[sql.Composed, list[Any]]:
     """One statement that gives the snapshot in every row, and one row even where there is no hit."""
     source, condition = rows_of(query.level, query.filter, opaque=not exact)
-    if query.exclude_id is not None:
-        others = sql.SQL("{} AND target.id <> %s").format(condition.sql)
-        condition = Condition(others, (*condition.values, query.exclude_id))
     operator = _OPERATOR[model.distance]
     full = sql.SQL("l2_normalize(target.embedding)") if model.distance == "cosine" else sql.SQL("target.embedding")
     distance = sql.SQL("({} {} %s::vector)").format(full, operator)
@@ -267,6 +269,9 @@ def _statement(
         half = sql.SQL("halfvec({})").format(sql.Literal(model.dimensions))
         order = sql.SQL("{} {} %s::vector::{}").format(expression, operator, half)
         order_values = [vector]
+    # Not a condition of the scan: that would go on for one more, and be more patient than a user's.
+    excluded = [] if query.exclude_id is None else [query.exclude_id]
+    others = sql.SQL("WHERE id <> %s" if excluded else "")
     # The limits are literals: a plan made for any limit reckons with a tenth of the table.
     statement = _TEMPLATE.format(
         life=LIFE,
@@ -274,11 +279,12 @@ def _statement(
         source=source,
         condition=condition.sql,
         order=order,
-        limit=sql.Literal(query.k if exact else query.candidates),
+        limit=sql.Literal(query.wanted if exact else query.candidates),
+        others=others,
         k=sql.Literal(query.k),
         hits=_HITS[query.level],
     )
-    return statement, [vector, *condition.values, *order_values]
+    return statement, [vector, *condition.values, *order_values, *excluded]
 
 
 def rows_of(level: Level, filters: Filter, *, opaque: bool) -> tuple[sql.Composed, Condition]:
@@ -300,7 +306,7 @@ _TEMPLATE = sql.SQL("""
             SELECT target.id, {distance} AS distance FROM {source}
             WHERE target.embedding IS NOT NULL AND {condition}
             ORDER BY {order} LIMIT {limit}),
-        nearest AS (SELECT id, distance FROM candidates ORDER BY distance, id LIMIT {k})
+        nearest AS (SELECT id, distance FROM candidates {others} ORDER BY distance, id LIMIT {k})
         {hits}
     ) AS hit ON true ORDER BY hit.distance, hit.id
 """)

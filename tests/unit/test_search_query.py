@@ -43,6 +43,11 @@ def test_an_index_scan_brings_more_candidates_than_are_asked_for_but_never_fewer
     assert query(k=500).candidates == 500
 
 
+def test_a_question_of_a_stored_row_is_searched_as_one_answer_more_is():
+    for k in (1, 10, 100, 500):
+        assert query(k=k, exclude_id="a").candidates == query(k=k + 1).candidates
+
+
 def test_the_key_holds_everything_that_the_answer_depends_on():
     different = [
         query(),
