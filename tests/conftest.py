@@ -219,7 +219,7 @@ def patient_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
 def until() -> Callable[..., None]:
     """`until(condition)` polls until it is true, and fails the test where it never is."""
 
-    def wait(condition: Callable[[], Any], *, within_s: float = 15) -> None:
+    def wait(condition: Callable[[], Any], *, within_s: float = 30) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
             assert time.monotonic() < deadline, "this never came true"

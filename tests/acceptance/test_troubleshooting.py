@@ -284,7 +284,7 @@ def redis_without_a_limit(scene: Scene):
 
 @fault("measured recall is")
 def searches_that_look_at_too_little(scene: Scene):
-    scene.sql(RANDOM_ROWS, name="far", rows=1500)
+    scene.sql(RANDOM_ROWS, name="far", rows=1100)
     scene.sql("ANALYZE embeddings")
     scene.sql("UPDATE embedding_models SET ef_search = 1")
     scene.env["VECTORKEEP_TARGET_RECALL"] = "0.995"
@@ -293,10 +293,10 @@ def searches_that_look_at_too_little(scene: Scene):
 
 @fault("rows do not find themselves")
 def rows_that_the_index_lost(scene: Scene):
-    scene.sql(RANDOM_ROWS, name="there", rows=1500)
+    scene.sql(RANDOM_ROWS, name="there", rows=1100)
     ready = "UPDATE pg_index SET indisready = %(ready)s WHERE indexrelid = 'embeddings_vector_idx'::regclass"
     scene.sql(ready, ready=False)
-    scene.sql(RANDOM_ROWS, name="lost", rows=500)
+    scene.sql(RANDOM_ROWS, name="lost", rows=300)
     scene.sql(ready, ready=True)
     scene.sql("ANALYZE embeddings")
     yield

@@ -171,7 +171,7 @@ def test_an_unreachable_server_is_told_at_once_and_without_password():
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="cannot connect to PostgreSQL") as refused:
         db.connect(f"postgresql://u:hush@127.0.0.1:{free_port()}/d", False)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8
     assert "hush" not in str(refused.value)
 
 
@@ -182,7 +182,7 @@ def test_a_server_that_never_answers_is_given_up_within_the_connect_timeout():
         started = time.monotonic()
         with pytest.raises(UnavailableError):
             db.connect(f"postgresql://127.0.0.1:{listener.getsockname()[1]}/d", False, connect_timeout_s=2)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 8
 
 
 def test_a_missing_database_is_unavailable(database_url):
@@ -196,7 +196,7 @@ def test_a_missing_database_is_unavailable(database_url):
 
 
 def test_a_statement_that_takes_too_long_is_unavailable_and_the_store_goes_on(database_url, redis_url):
-    with db.connect(database_url, redis_url, statement_timeout_s=0.2, pool_max=POOL_MAX) as store:
+    with db.connect(database_url, redis_url, statement_timeout_s=0.5, pool_max=POOL_MAX) as store:
         for _ in range(2 * POOL_MAX):
             with pytest.raises(UnavailableError, match="raise statement_timeout_s"), store.transaction() as connection:
                 connection.execute(sqlalchemy.text("SELECT pg_sleep(10)"))
@@ -204,7 +204,7 @@ def test_a_statement_that_takes_too_long_is_unavailable_and_the_store_goes_on(da
 
 
 def test_writers_that_are_locked_out_are_told_so_and_no_document_is_blamed(database_url, redis_url, admin):
-    with db.connect(database_url, redis_url, statement_timeout_s=0.3) as store:
+    with db.connect(database_url, redis_url, statement_timeout_s=0.5) as store:
         admin.execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, int(Purpose.WRITERS)))
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="writers are locked out"):
@@ -213,7 +213,7 @@ def test_writers_that_are_locked_out_are_told_so_and_no_document_is_blamed(datab
             store.delete_by_source_id("s")
         with pytest.raises(UnavailableError, match="writers are locked out"), store.transaction():
             pytest.fail("it has not joined the writers")
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10  # 50 documents, one after the other, would take 25
         admin.execute("SELECT pg_advisory_unlock_all()")
         assert store.batch_upsert([{"id": "a", "text": "t"}]).inserted == 1
 

@@ -23,7 +23,7 @@ from .counting import Counting
 
 ROOT = Path(__file__).parents[2]
 VECTOR = [1.0, *[0.0] * 15]
-TIMEOUT_S = 0.6
+TIMEOUT_S = 1.5
 POOL_MAX = 2
 
 # What holds things for another thread, and what bounds it. Whoever adds one adds its bound, and a test of that.
@@ -91,7 +91,7 @@ def test_every_call_waits_for_the_timeout_and_then_says_what_to_do(small, full):
 
     with ThreadPoolExecutor(len(CALLS)) as threads:
         waited = dict(zip(CALLS, threads.map(refused_after_s, CALLS.values()), strict=True))
-    assert all(TIMEOUT_S <= seconds < TIMEOUT_S + 1 for seconds in waited.values()), waited
+    assert all(TIMEOUT_S <= seconds < 2 * TIMEOUT_S for seconds in waited.values()), waited
 
 
 def test_a_connection_that_becomes_free_in_time_serves_who_waits(small, full):
@@ -164,7 +164,7 @@ def test_metrics_that_cannot_be_written_keep_no_invalidation_from_being_delivere
             store.search(VECTOR)
             return sql("SELECT count(*) FROM write_log WHERE delivered_at IS NULL") == [(0,)]
 
-        until(all_marked, within_s=5)
+        until(all_marked, within_s=15)
         assert not store._parts._delivered
 
 

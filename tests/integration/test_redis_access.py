@@ -143,10 +143,10 @@ def test_timeouts_are_settings(database_url, redis_url, monkeypatch):
             ) as store:
                 store.batch_upsert([{"id": "a", "text": "t", "embedding": VECTOR}])
                 store.search(VECTOR, 1)
-                admin.execute_command("CLIENT", "PAUSE", 300)
                 began = time.monotonic()
+                admin.execute_command("CLIENT", "PAUSE", 1500)
                 assert store.search(VECTOR, 1).cached is expected
-                assert (time.monotonic() - began > 0.2) is expected
+                assert (time.monotonic() - began > 1.4) is expected
             admin.ping()  # answers when the pause is over
 
 

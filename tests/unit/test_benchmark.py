@@ -1,6 +1,7 @@
 """The arithmetic of the benchmark: turns, medians, ratios, verdicts, and the rows that it writes."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ops.benchmarks.timing import Times, compete, order_of
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only `clock.pass_s` moves."""
+    """A clock that only `clock.pass_s` moves; and no garbage is collected, which takes long after many tests."""
 
     class Clock:
         now = 0.0
@@ -23,6 +24,7 @@ def clock(monkeypatch):
 
     made = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: made.now)
+    monkeypatch.setattr(timing, "gc", SimpleNamespace(collect=lambda: None))
     return made
 
 
