@@ -128,7 +128,7 @@ def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iter
     `AUTO_MAX_INPUTS`.
     """
     loaded: Collection[Table] = ()
-    with ExitStack() as stack:
+    with _Begun() as stack:
         if inputs is None or inputs >= AUTO_MIN_INPUTS:
             with database.connection() as pooled:
                 worth_it = _loadable_tables(pooled, inputs)
@@ -143,10 +143,22 @@ def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iter
         yield loaded
 
 
+class _Begun(ExitStack):
+    """What a load has begun. Whichever thread ends it first does all of it, and the others wait for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = threading.RLock()
+
+    def __exit__(self, *raised: Any) -> bool:
+        with self._ending:
+            return bool(super().__exit__(*raised))
+
+
 class _Bound:
     """Ends an automatic load once it has run for long, or has brought many of an unknown number of inputs."""
 
-    def __init__(self, load: ExitStack, inputs: int | None) -> None:
+    def __init__(self, load: _Begun, inputs: int | None) -> None:
         self._load = load
         self._left = AUTO_MAX_INPUTS if inputs is None else math.inf
         self._started = time.monotonic()

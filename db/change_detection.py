@@ -140,7 +140,8 @@ def _compared(
     hashes: Callable[[Sequence[H]], dict[str, Any]],
 ) -> list[tuple[Any, ...]]:
     """The rows of `statement` for each run. It is sent, and the next run taken while the server works on it."""
-    with connection.pipeline():
+    # In a transaction, whose rollback makes psycopg forget what it takes for prepared and the server never got to.
+    with connection.pipeline(), connection.transaction():
         compared = [(run, connection.execute(statement, hashes(run))) for run in runs]
     rows: dict[str, tuple[Any, ...]] = {}
     for run, cursor in compared:

@@ -21,13 +21,26 @@ class CheckedBatch(Generic[H]):
         self._valid: dict[str, H] = {}
         self._checked: list[list[H]] = []
         self._unchecked = self._check(batch, check, tally)
+        self._failure: Exception | None = None
 
     def runs(self) -> Iterator[list[H]]:
-        """The valid ones, a run at a time, from the beginning. A later run may have an id of an earlier one again."""
+        """The valid ones, a run at a time, from the beginning. A later run may have an id of an earlier one again.
+
+        Where `check` or the batch itself raised anything else, it raises that, however often it is asked.
+        """
         yield from list(self._checked)
-        for run in self._unchecked:
+        while (run := self._next_run()) is not None:
             self._checked.append(run)
             yield run
+
+    def _next_run(self) -> list[H] | None:
+        if self._failure is not None:  # the generator has ended with it, and would seem to have brought all
+            raise self._failure
+        try:
+            return next(self._unchecked, None)
+        except Exception as exc:
+            self._failure = exc
+            raise
 
     def items(self) -> list[H]:
         """All of them, the last of each id."""

@@ -61,11 +61,13 @@ class Ingestion:
         all_new = self._is_empty()
         with BatchWriter[Mapping[str, Any]]() as writer:
             for batch in batches(iter(documents), batch_size):
-                if self.model.registered is None:  # who registers one builds its index, and waits for open writes
+                # Who registers one builds its index, and waits for open transactions: none may be ours.
+                without_model = self.model.registered is None
+                if without_model:
                     all_new &= _all_inserted(writer.finish())
                 codec = BatchCodec(self.model, vectors_of(batch))
                 checked = CheckedBatch(writer.beside(batch), partial(prepare, model=codec), tally)
-                if all_new or self._must_finish(writer, batch):
+                if all_new or without_model or self._must_finish(writer, batch):
                     checked.items()
                     all_new &= _all_inserted(writer.finish())
                 if all_new:

@@ -18,15 +18,16 @@ from .types import Level
 # Rows of one page were written together: from this many pages for each row that is wanted, few share one.
 _PAGES_PER_ROW = 8
 
+_HAS_VECTORS = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)")
 _PAGES = "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::bigint"
 # The vectors are read for the rows that were picked only.
 _PICK = sql.SQL("""
     WITH picked AS MATERIALIZED (
         SELECT target.id FROM {source}
-        WHERE target.embedding IS NOT NULL AND vector_dims(target.embedding) = {dimensions} AND {condition}
+        WHERE target.embedding IS NOT NULL AND {condition}
         ORDER BY random() LIMIT %s)
     SELECT stored.id, vector_send(stored.embedding) FROM picked JOIN {table} AS stored USING (id)
-    WHERE stored.embedding IS NOT NULL
+    WHERE stored.embedding IS NOT NULL AND vector_dims(stored.embedding) = {dimensions}
     ORDER BY random()
 """)
 
@@ -45,6 +46,12 @@ class Questions:
 
     asked: Sequence[Question]
     zero_vectors: int
+
+
+def has_vectors(connection: Connection[Any], level: Level) -> bool:
+    """Whether any row of `level` has a vector."""
+    [(has,)] = connection.execute(_HAS_VECTORS.format(sql.Identifier(TABLE_OF[level]))).fetchall()
+    return bool(has)
 
 
 def choose_questions(connection: Connection[Any], model: Model, level: Level, filters: Filter, count: int) -> Questions:

@@ -13,6 +13,7 @@ from .embedding_model import Model
 from .errors import UnavailableError, ValidationError
 from .filters import Filter
 from .recall import RecallRequest, measure_recall
+from .recall_sample import has_vectors
 from .search import Query, Searcher
 from .types import Level
 
@@ -25,7 +26,6 @@ _LEVELS: tuple[Level, ...] = ("documents", "chunks")
 _PAGES_PER_ROW = 8
 
 # None of these but the last reads a vector: mostly they lie outside the row, in pages that are many times the table's.
-_HAS_VECTORS = "SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)"
 _PAGES = "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::bigint"
 _PICKED = "SELECT id FROM {} {} WHERE embedding IS NOT NULL ORDER BY md5(id) LIMIT %s"
 _OF_IDS = "SELECT id, vector_send(embedding) FROM {} WHERE id = ANY (%s) AND embedding IS NOT NULL"
@@ -44,7 +44,7 @@ def measured_recall(side: Side, target: float) -> float | None:
     """Recall@10 of the side's searches, the worse of the two levels; None where there is nothing to search."""
     measured = []
     for level in _LEVELS:
-        if _has_vectors(side, level):
+        if has_vectors(side.connection, level):
             request = RecallRequest(side.ef_search, target, k=_K, sample=_SAMPLE, level=level, deadline_s=_DEADLINE_S)
             # A single row has no neighbours; and a table so large that one comparison takes longer is not measured.
             with suppress(ValidationError, UnavailableError):
@@ -54,7 +54,7 @@ def measured_recall(side: Side, target: float) -> float | None:
 
 def neighbour_overlap(old: Side, new: Side) -> float | None:
     """The share of each row's ten nearest that both sides agree on, over a sample; None where there is nothing."""
-    level: Level = "documents" if _has_vectors(old, "documents") else "chunks"
+    level: Level = "documents" if has_vectors(old.connection, "documents") else "chunks"
     asked = _sample(old, level)
     renewed = _vectors(new, level, list(asked))
     shares = []
@@ -74,11 +74,6 @@ def _neighbours(side: Side, level: Level, id_: str, vector: Any) -> set[str]:
 
 def _search(searcher: Searcher, side: Side, query: Query) -> Any:
     return searcher.search(side.connection, query, side.model).result
-
-
-def _has_vectors(side: Side, level: Level) -> bool:
-    [(has,)] = side.connection.execute(SQL(_HAS_VECTORS).format(Identifier(_table(level)))).fetchall()
-    return bool(has)
 
 
 def _sample(side: Side, level: Level) -> dict[str, Any]:

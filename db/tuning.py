@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import Any
@@ -10,9 +11,11 @@ from psycopg import Connection
 
 from .config import Settings
 from .embedding_model import Model
+from .errors import ValidationError
 from .models import vector_index_name
 from .recall import RecallRequest, measure_recall
 from .recall_history import newest_measurement
+from .recall_sample import has_vectors
 from .search import ALWAYS_EXACT_ROWS, TABLE_OF, Searcher
 from .types import Level, RecallReport
 
@@ -53,9 +56,10 @@ def tuning_due(connection: Connection[Any], model: Model, settings: Settings) ->
 
 
 def _why_due(connection: Connection[Any], model: Model, level: Level, settings: Settings) -> str:
-    valid, rows, changes = _state(connection, level)
-    if not valid or rows <= ALWAYS_EXACT_ROWS:
+    state = _state(connection, level)
+    if state is None:
         return ""
+    rows, changes = state
     last = newest_measurement(connection, model.model_id, level)
     if last is None:
         return "not measured since the index was built"
@@ -70,10 +74,11 @@ def _why_due(connection: Connection[Any], model: Model, level: Level, settings: 
     return f"{share:.0%} of the rows have changed since it was measured" if share > CHANGED_SHARE else ""
 
 
-def _state(connection: Connection[Any], level: Level) -> tuple[bool, int, int | None]:
+def _state(connection: Connection[Any], level: Level) -> tuple[int, int | None] | None:
+    """Rows, and changes; None where searches compare all rows, and where there is no vector to search for."""
     table = TABLE_OF[level]
-    [row] = connection.execute(_STATE, (vector_index_name(table), table)).fetchall()
-    return row[0], row[1], row[2]
+    [(valid, rows, changes)] = connection.execute(_STATE, (vector_index_name(table), table)).fetchall()
+    return (rows, changes) if valid and rows > ALWAYS_EXACT_ROWS and has_vectors(connection, level) else None
 
 
 def tune_ef_search(
@@ -116,13 +121,13 @@ def _measure_levels(
         left_s = (ends - time.monotonic()) / waiting
         if left_s > _LEAST_S and not (request.cancel and request.cancel.is_set()):
             asked = replace(request, level=level, deadline_s=left_s)
-            reports[level] = measure_recall(connection, searcher, model, asked)
+            with suppress(ValidationError):  # all its vectors are zero, for one: there is nothing to measure
+                reports[level] = measure_recall(connection, searcher, model, asked)
     return reports
 
 
 def _searched_by_index(connection: Connection[Any]) -> list[Level]:
-    states = {level: _state(connection, level) for level in TABLE_OF}
-    return [level for level, (valid, rows, _) in states.items() if valid and rows > ALWAYS_EXACT_ROWS]
+    return [level for level in TABLE_OF if _state(connection, level)]
 
 
 def _chosen(model: Model, measured: Mapping[Level, RecallReport]) -> Tuning:

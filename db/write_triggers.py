@@ -42,10 +42,10 @@ _MAKE_FUNCTION = SQL("""
             touched := ARRAY[{everything}];
         END IF;
         IF TG_OP IN ('INSERT', 'UPDATE') THEN
-            touched := ARRAY(SELECT DISTINCT tag FROM new_rows, {tags});
+            touched := ARRAY(SELECT DISTINCT touching.tag FROM new_rows, {tags});
         END IF;
         IF TG_OP IN ('DELETE', 'UPDATE') THEN
-            touched := ARRAY(SELECT unnest(touched) UNION SELECT tag FROM old_rows, {tags});
+            touched := ARRAY(SELECT unnest(touched) UNION SELECT touching.tag FROM old_rows, {tags});
         END IF;
         IF cardinality(touched) > {most} THEN
             touched := ARRAY[{everything}];
@@ -57,7 +57,10 @@ _MAKE_FUNCTION = SQL("""
     END
     $function$
 """)
-_TAGS = SQL("unnest(ARRAY['source:' || source_id, 'workspace:' || workspace]) AS tag WHERE tag IS NOT NULL")
+# Qualified: the tables may have columns of any other name.
+_TAGS = SQL("""
+    unnest(ARRAY['source:' || source_id, 'workspace:' || workspace]) AS touching (tag) WHERE touching.tag IS NOT NULL
+""")
 _MAKE_TRIGGER = SQL("""
     CREATE OR REPLACE TRIGGER {name} AFTER {event} ON {table} {rows} FOR EACH STATEMENT EXECUTE FUNCTION {function}()
 """)

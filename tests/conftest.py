@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import redis
 from psycopg import sql
@@ -37,6 +38,17 @@ from tests.servers import (
 
 SHARED_MEMORY = Path("/dev/shm")
 ROOM = 4 * 1024**3
+# A loaded machine is no stopped server: for tests that are about answers, not about time.
+PATIENT = {
+    "VECTORKEEP_CONNECT_TIMEOUT_S": "30",
+    "VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS": "10000",
+    "VECTORKEEP_REDIS_TIMEOUT_MS": "10000",
+}
+# A slow example is no failure either, and each run tries the same ones: `make fuzz` looks for others.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 SERVERS = pytest.StashKey[Servers]()
 STARTING = pytest.StashKey[subprocess.Popen[bytes]]()
@@ -64,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("VECTORKEEP_")]:
         if not name.startswith("VECTORKEEP_TEST_"):
             del os.environ[name]
+    os.environ.update(PATIENT)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -209,10 +222,10 @@ def store(database_url: str, redis_url: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def patient_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loaded machine is no stopped Redis: for tests that are about answers, not about time."""
-    monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", "10000")
-    monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", "10000")
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are about time: the timeouts that users have."""
+    for name in PATIENT:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ POSTGRES_SETTINGS = {
     "shared_buffers": "256MB",
     "max_wal_size": "1GB",
     "checkpoint_timeout": "1h",
+    # What a test makes of dead rows and stale statistics is not taken care of behind its back.
+    "autovacuum_naptime": "2147483",
     # Thousands of connections are made: by default each has its password hashed 4,096 times, on both sides.
     "scram_iterations": "1",
 }

@@ -21,6 +21,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.conftest import PATIENT
+
 ROOT = Path(__file__).parents[2]
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
 
@@ -53,7 +55,7 @@ Run = Callable[..., Ran]
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment without its vectorkeep and PostgreSQL settings, with `settings`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VECTORKEEP_", "POSTGRES_", "PG"))}
-    return kept | {"FORCE_COLOR": "1", "PYTHONUNBUFFERED": ""} | settings
+    return kept | {"FORCE_COLOR": "1", "PYTHONUNBUFFERED": ""} | PATIENT | settings
 
 
 def command(*arguments: str) -> list[str]:

@@ -128,7 +128,7 @@ def test_reset_refuses_while_others_work_unless_forced(filled, database_url):
         ran = filled("reset", "--yes", code=7)
         assert f"process {worker.info.backend_pid} (vectorkeep" in ran.err
         assert documents(filled) == "3"
-        assert filled("reset", "--yes", "--force").fields["sessions_ended"] == "1"
+        assert int(filled("reset", "--yes", "--force").fields["sessions_ended"]) >= 1  # a command's may be just ending
         worker.close()
     assert documents(filled) == "0"
 

@@ -29,8 +29,6 @@ QUIET = {
     "maintenance_work_mem": "32MB",
 }
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 def doc(version, source="a", id_="x"):
     return {"id": id_, "text": "t", "source_id": source, "metadata": {"version": version}, "embedding": QUERY}

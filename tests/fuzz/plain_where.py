@@ -53,8 +53,8 @@ def _equal(metadata, key, value):
 
 def _numbers_alike(value):
     """JSON has one kind of numbers: 1 and 1.0 are equal, as in Python; true is no number."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+    if isinstance(value, float):  # NumPy's float64 is one, too
+        return int(value) if value.is_integer() else float(value)
     if isinstance(value, Mapping):
         return {key: _numbers_alike(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -43,8 +43,6 @@ SHAPE = (_CATALOG, INDEXES, FUNCTIONS, RIGHTS, SECURITY)
 IN_THE_BACKGROUND = ("performance_metrics", "query_samples", "write_log")
 DUMP = ("--format=custom", "--exclude-schema=vectorkeep_*")  # as docs/operations.md has it
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 def pg(name, *arguments):
     """Run a program of PostgreSQL's, as new as the newest server of the tests."""

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,6 +183,28 @@ def test_an_automatic_load_ends_at_a_bound_and_goes_on_beside_the_index(
     assert during == [{}] * loaded + [INDEXES] * (5 - loaded)
     assert caplog.messages.count("bulk_load.ended_early") == 1
     assert registered.get_statistics().documents == 50
+
+
+def test_a_load_that_another_thread_ends_is_waited_for(registered, indexes, database_url, sql, until, monkeypatch):
+    """Who began it may have no more to bring, while the other builds over the connection of the load."""
+    monkeypatch.setattr(bulk_load, "AUTO_MAX_INPUTS", 15)
+    end = threading.Event()
+
+    def given():
+        yield from itertools.islice(endless(), 10)
+        end.wait(30)
+
+    with ThreadPoolExecutor(2) as threads:
+        owner = threads.submit(registered.batch_upsert, given(), batch_size=10)
+        until(lambda: sql("SELECT count(*) FROM embeddings") == [(10,)])
+        with psycopg.connect(database_url) as writer:
+            writer.execute("UPDATE embeddings SET text = 'u' WHERE id = 'd0'")  # the build waits for it
+            other = threads.submit(registered.batch_upsert, documents(20, "other"))
+            until(lambda: sql("SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database()"))
+            end.set()
+            assert not wait([owner], timeout=0.5).done
+        assert (owner.result().inserted, other.result().inserted) == (10, 20)
+    assert indexes() == INDEXES
 
 
 def test_several_calls_and_embed_batch_end_at_the_bound_too(registered, indexes, monkeypatch):

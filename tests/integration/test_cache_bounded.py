@@ -9,8 +9,6 @@ from db import metrics, query_cache
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 def doc(version, source="a", id_="x"):
     return {"id": id_, "text": "t", "source_id": source, "metadata": {"version": version}, "embedding": QUERY}

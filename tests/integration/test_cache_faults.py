@@ -16,9 +16,11 @@ import db
 from db import circuit_breaker, metrics, query_cache
 from db.query_cache import QueryCache
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 # One wait for Redis takes 80 ms by its timeout; the rest is for a loaded machine.
-PATIENCE_S = 0.08 + 0.3
+PATIENCE_S = 0.08 + 3
 
 
 class RedisServer:
@@ -243,3 +245,19 @@ def test_a_write_is_acknowledged_while_redis_is_stopped(server, opened, sql):
     server.stop()
     assert timed(lambda: store.batch_upsert([doc(2)])) < 3
     assert sql("SELECT metadata ->> 'version' FROM embeddings") == [("2",)]
+
+
+def test_timeouts_are_settings(server, opened, monkeypatch):
+    """A Redis that takes a while to answer: within the patience it serves, beyond it the database does."""
+    for patience_ms, expected in (("10000", True), ("20", False)):
+        monkeypatch.setenv("VECTORKEEP_REDIS_CONNECT_TIMEOUT_MS", patience_ms)
+        monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", patience_ms)
+        store = opened(server.url)
+        store.batch_upsert([doc(1)])
+        search(store)
+        with server.client() as client:
+            began = time.monotonic()
+            client.execute_command("CLIENT", "PAUSE", 1500)
+            assert search(store)[0] is expected
+            assert (time.monotonic() - began > 1.4) is expected
+            client.ping()  # answers when the pause is over

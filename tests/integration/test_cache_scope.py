@@ -11,8 +11,6 @@ from db.engine import StoreConnection
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 TENANTS = ("red", "blue")
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 @pytest.fixture
 def roles(database_url, admin):

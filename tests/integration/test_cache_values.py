@@ -14,8 +14,6 @@ QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
 ASKED = [{"source_id": "a"}, {"source_id": "b"}, {"workspace": "w"}, {}]
 LONG_AGO = "UPDATE write_log SET created_at = now() - interval '1 day'"
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 def doc(id_, source, version=0, workspace="w"):
     metadata = {"workspace": workspace, "version": version}

@@ -46,6 +46,7 @@ def test_without_a_cache_there_is_nothing_to_say(database_url, store):
 def test_writes_that_redis_was_not_told_of_are_delivered(examine, database_url, sql, client, store, until):
     store.search(QUERY, 3)
     until(lambda: sql("SELECT count(*) FROM write_log WHERE delivered_at IS NULL") == [(0,)])
+    store.close()  # it would deliver by itself
     before = client.get(client.keys("*:g:store")[0])
     with db.connect(database_url, False) as without_redis:
         without_redis.batch_upsert([{"id": "late", "text": "t"}])

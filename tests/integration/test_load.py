@@ -91,13 +91,13 @@ def test_every_call_waits_for_the_timeout_and_then_says_what_to_do(small, full):
 
     with ThreadPoolExecutor(len(CALLS)) as threads:
         waited = dict(zip(CALLS, threads.map(refused_after_s, CALLS.values()), strict=True))
-    assert all(TIMEOUT_S <= seconds < 2 * TIMEOUT_S for seconds in waited.values()), waited
+    assert all(TIMEOUT_S <= seconds < TIMEOUT_S + 10 for seconds in waited.values()), waited
 
 
 def test_a_connection_that_becomes_free_in_time_serves_who_waits(small, full):
     with ThreadPoolExecutor(6) as threads:
         found = [threads.submit(small.get, ["a"]) for _ in range(6)]
-        time.sleep(TIMEOUT_S / 3)
+        time.sleep(0.2)
         assert not any(future.done() for future in found)
         full.release()
         assert [future.result()[0].id for future in found] == ["a"] * 6

@@ -62,7 +62,7 @@ def test_no_walk_of_a_table_is_cut_off_or_keeps_the_writers_lock(database_url, s
     every_kind(store)
     sql("""
         CREATE FUNCTION examined(id text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
-            PERFORM pg_sleep(0.15);
+            PERFORM pg_sleep(0.2);
             IF id = 'vector' AND EXISTS (
                 SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory') THEN
                 RAISE 'a document that is no orphan is looked at while the lock is held';
@@ -72,7 +72,7 @@ def test_no_walk_of_a_table_is_cut_off_or_keeps_the_writers_lock(database_url, s
     """)
     slow = psycopg.sql.SQL("examined(embeddings.id) AND ") + orphans._ORPHANED_EMBEDDING
     monkeypatch.setitem(orphans._CONDITIONS, "embeddings", slow)
-    with db.connect(database_url, False, statement_timeout_s=0.4) as hurried:
+    with db.connect(database_url, False, statement_timeout_s=1) as hurried:
         assert hurried.cleanup_orphaned(dry_run=True).orphaned_embeddings == 2
         assert hurried.cleanup_orphaned().orphaned_embeddings == 2
 

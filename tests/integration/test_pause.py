@@ -223,7 +223,8 @@ def test_a_patient_writer_gives_up_when_its_time_is_over(store, database_url, sq
 
 
 def test_a_pause_ends_with_its_time(store, second, sql):
-    store.pause_ingestion("short", ttl_s=0.3)
+    second.batch_upsert([document(0)])  # the model is registered, which takes a while
+    store.pause_ingestion("short", ttl_s=2)
     with pytest.raises(db.PausedError):
         second.batch_upsert([document(1)])
     sql("SELECT pg_sleep_until(expires_at) FROM ingestion_pause")

@@ -27,8 +27,6 @@ ASKED = {
     "chunks of a": {"source_id": "a", "level": "chunks"},
 }
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 def doc(id_, source, workspace=None, value=1.0, **parts):
     metadata = {"workspace": workspace} if workspace else {}

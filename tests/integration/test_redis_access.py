@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,8 +15,6 @@ from tests.servers import database_of
 VECTOR = [1.0, *[0.0] * 7]
 PASSWORD = "s3cret-of-redis"
 DOC = Path(__file__).parents[2] / "docs" / "roles.md"
-
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
 
 
 def search_twice(database_url, redis_url):
@@ -131,23 +128,6 @@ def test_a_certificate_for_another_host_is_refused(tls_server):
 
 
 # ---- patience and bytes
-
-
-def test_timeouts_are_settings(database_url, redis_url, monkeypatch):
-    """A Redis that takes a while to answer: within the patience it serves, beyond it the database does."""
-    with redis.Redis.from_url(redis_url) as admin:
-        for patience_ms, expected in (("10000", True), ("20", False)):
-            monkeypatch.setenv("VECTORKEEP_REDIS_TIMEOUT_MS", patience_ms)
-            with db.connect(
-                database_url, redis_url, model_id="test-model", dimensions=8, maintenance_on_close=False
-            ) as store:
-                store.batch_upsert([{"id": "a", "text": "t", "embedding": VECTOR}])
-                store.search(VECTOR, 1)
-                began = time.monotonic()
-                admin.execute_command("CLIENT", "PAUSE", 1500)
-                assert store.search(VECTOR, 1).cached is expected
-                assert (time.monotonic() - began > 1.4) is expected
-            admin.ping()  # answers when the pause is over
 
 
 @pytest.mark.parametrize("option", ["decode_responses=True", "db=1&decode_responses=1", "encoding=latin-1"])

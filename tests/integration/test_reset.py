@@ -169,7 +169,8 @@ def test_it_refuses_while_a_store_is_open_and_names_its_session(settings, databa
         assert sql("SELECT count(*) FROM embeddings") == [(1,)]
 
 
-def test_a_session_that_is_just_ending_is_nobody_at_work(settings, database_url):
+def test_a_session_that_is_just_ending_is_nobody_at_work(settings, database_url, monkeypatch):
+    monkeypatch.setattr("db.reset._CLOSING_S", 10)
     with psycopg.connect(database_url, application_name="vectorkeep") as closed:
         ending = threading.Timer(0.2, closed.close)
         ending.start()

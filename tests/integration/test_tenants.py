@@ -19,8 +19,6 @@ from .test_roles import RIGHTS
 
 TENANTS = ("red", "blue")
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 
 @pytest.fixture
 def roles(database_url):

@@ -62,7 +62,7 @@ def test_unchanged_rows_write_no_wal(small, sql, until):
         [(after,)] = sql("SELECT pg_current_wal_insert_lsn()")
         return before == after
 
-    until(silent, within_s=30)
+    until(silent, within_s=120)
 
 
 def test_unchanged_rows_wait_for_no_lock(small, admin):

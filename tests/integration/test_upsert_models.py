@@ -1,9 +1,12 @@
 """The model of a store: registered by the first vector, and kept from then on."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import db
 from db import SchemaError
+from db.locks import LOCK_CLASS, Purpose
 
 from .upserts import counts, doc
 
@@ -24,6 +27,30 @@ def test_an_invalid_first_vector_registers_nothing(database_url, redis_url, sql)
         assert counts(store.batch_upsert([doc("a", embedding=[0.0, 0.0]), doc("b", embedding=["x"])])) == {"failed": 2}
         assert store.model is None
     assert sql("SELECT count(*) FROM embedding_models") == [(0,)]
+
+
+@pytest.mark.parametrize("before", [0, 300])
+def test_a_registration_that_is_cut_off_is_told_and_nothing_of_its_batch_is_lost(
+    database_url, redis_url, sql, admin, until, before
+):
+    """Also in a store of texts, where a batch is compared a part at a time, and the vectors are in a later one."""
+    given = [doc(f"{n}") for n in range(before)]
+    given += [doc(f"{n}", embedding=[1.0, float(n)]) for n in range(before, 1500)]
+    waiting = """
+        SELECT pid FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE 'SELECT pg_try_advisory_lock%' AND pid <> pg_backend_pid()
+    """
+    with db.connect(database_url, redis_url) as store, ThreadPoolExecutor(1) as thread:
+        store.batch_upsert([doc("first"), *given[: before // 2]])
+        admin.execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, int(Purpose.REGISTRY)))
+        upsert = thread.submit(store.batch_upsert, given, batch_size=1500)
+        until(lambda: sql(waiting))
+        sql(f"SELECT pg_terminate_backend(pid) FROM ({waiting}) AS waiting")
+        with pytest.raises(db.UnavailableError):
+            upsert.result()
+        admin.execute("SELECT pg_advisory_unlock_all()")
+        assert store.batch_upsert(given).inserted == 1500 - before // 2
+    assert sql("SELECT count(*) FROM embeddings WHERE embedding IS NOT NULL") == [(1500 - before,)]
 
 
 def test_a_second_model_is_refused_every_time_and_writes_nothing(database_url, redis_url, sql):

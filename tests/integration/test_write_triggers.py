@@ -13,8 +13,6 @@ from db.write_triggers import set_write_triggers
 from tests.integration.roles_of import roles_of
 from tests.integration.test_query_cache import ASKED, doc, fill, search, still_cached, warm
 
-pytestmark = pytest.mark.usefixtures("patient_with_redis")
-
 ALL = set(ASKED)
 OF_A = {"store", "source a", "chunks of a", "workspace w"}
 NEW = "INSERT INTO embeddings (id, text, source_id, embedding, model_id) SELECT {}, 't', {}, embedding, model_id"
@@ -117,6 +115,16 @@ def test_a_bounded_cache_is_told_once_of_each_write(database_url, redis_url, sql
         assert still_cached(store) == ALL, "within its bound"
         store._parts._deliver()
         assert still_cached(store) == ALL - {"store", "source c"}
+
+
+def test_a_table_may_have_columns_of_any_name(store, sql, triggers):
+    fill(store)
+    for name in ("tag", "touched", "source", "touching"):
+        sql(f"ALTER TABLE embeddings ADD COLUMN {name} text")
+    warm(store)
+    sql("UPDATE embeddings SET text = 'other', tag = 'x' WHERE id = 'c1'")
+    assert ALL - still_cached(store) == {"store", "source c"}
+    assert store.delete(["c1"]).deleted == 1
 
 
 def test_they_stay_when_a_rebuild_makes_the_tables_again(embedding_store, database_url, redis_url, sql, embedder):

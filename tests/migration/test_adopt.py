@@ -328,7 +328,7 @@ def test_nothing_to_adopt(empty_database_url):
 
 
 def test_tables_in_use_are_not_waited_for_for_ever(empty_database_url, by_hand, monkeypatch):
-    monkeypatch.setenv("VECTORKEEP_LOCK_TIMEOUT_S", "0.5")
+    monkeypatch.setenv("VECTORKEEP_LOCK_TIMEOUT_S", "2")
     connection = by_hand()
     before = state(connection)
     with psycopg.connect(empty_database_url, application_name="a reader") as reader:

@@ -131,7 +131,7 @@ def test_an_interrupted_index_build_is_mended(empty_database_url, empty):
         other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         other.execute("SELECT 1")  # its snapshot is what a CREATE INDEX CONCURRENTLY waits for in the end
         with pytest.raises(BusyError, match=rf"process {other.info.backend_pid} .*again"):
-            upgrade(empty_database_url, lock_timeout_s=0.5)
+            upgrade(empty_database_url, lock_timeout_s=2)
     assert empty.execute(INVALID).fetchall() == [("embeddings_workspace_idx",)]
     assert current_revision(empty) == "0001"
     before = content(empty)

@@ -54,6 +54,24 @@ def test_after_a_failure_in_the_middle_they_begin_again_and_nothing_is_checked_t
     assert tally["failed"] == 2
 
 
+def test_a_check_that_failed_is_no_end_of_the_batch(tally):
+    """Whoever tries again what failed would take the rest for unchanged."""
+
+    def failing(given):
+        if given == "c":
+            raise ConnectionError("as the registry's may")
+        return check(given)
+
+    checked = CheckedBatch("abcde", failing, tally)
+    for _ in range(2):
+        runs = checked.runs()
+        assert ids(next(runs)) == ["a", "b"]
+        with pytest.raises(ConnectionError, match="as the registry's may"):
+            next(runs)
+    with pytest.raises(ConnectionError):
+        checked.items()
+
+
 def test_of_an_id_that_comes_again_the_last_counts(tally):
     checked = CheckedBatch(["a 1", "b 1", "a 2", "c 1", "c 2", "b 2", "d 1"], check, tally)
     assert [[(i.id, i.text) for i in run] for run in checked.runs()] == [

@@ -21,7 +21,9 @@ _DOCUMENTS = """
     SELECT id, source_id, (metadata ->> 'version')::int, text FROM embeddings WHERE metadata ? 'owned' ORDER BY id
 """
 _CHUNKS = "SELECT document_id, origin_id, chunk_index, text FROM chunks ORDER BY document_id, chunk_index"
-_SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'vectorkeep%'"
+_SESSIONS = (
+    "SELECT to_jsonb(activity)::text FROM pg_stat_activity AS activity WHERE application_name LIKE 'vectorkeep%'"
+)
 BACKGROUND = 1500  # documents that nobody changes, so that the vector index is worth its use
 RECOVERY_S = 60
 
@@ -134,7 +136,11 @@ def _check(servers, ledger, baseline, report):
     findings = report.findings
     with servers.connect() as connection:
         sessions = _wait_for_sessions_to_end(connection)
-    report.connections_leaked += sessions + sum(event["lent"] for event in ledger.closed)
+    report.connections_leaked += len(sessions) + sum(event["lent"] for event in ledger.closed)
+    report.leaks += [f"a session without a worker: {session}" for session in sessions]
+    report.leaks += [
+        f"not given back in worker {event['slot']}: {event['where']}" for event in ledger.closed if event["lent"]
+    ]
     with open_store(servers) as store, servers.connect() as connection:
         store.cleanup_orphaned()
         documents, chunks = (connection.execute(query).fetchall() for query in (_DOCUMENTS, _CHUNKS))
@@ -153,11 +159,11 @@ def _check(servers, ledger, baseline, report):
 
 
 def _wait_for_sessions_to_end(connection):
-    """The library's sessions once all workers are gone: 0, as soon as the server has noticed."""
+    """The library's sessions once all workers are gone: none, as soon as the server has noticed."""
     deadline = time.monotonic() + 20
-    while (count := connection.execute(_SESSIONS).fetchone()[0]) and time.monotonic() < deadline:
+    while (sessions := connection.execute(_SESSIONS).fetchall()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return count
+    return sessions
 
 
 def _check_store(store, connection, documents, chunks, findings):

@@ -25,6 +25,7 @@ class Report:
     refused: Counter = field(default_factory=Counter)
     findings: Findings = field(default_factory=Findings)
     connections_leaked: int = 0
+    leaks: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
     @property
@@ -71,7 +72,7 @@ class Report:
             "recovery_ms_by_family": {family: _quantiles(one) for family, one in self.recoveries.items()},
             "connections_leaked": self.connections_leaked,
             "unexpected": self.unexpected[:SHOWN],
-            "details": [*found.lost, *found.stale, *found.half, *found.twice, *found.other][:SHOWN],
+            "details": [*self.leaks, *found.lost, *found.stale, *found.half, *found.twice, *found.other][:SHOWN],
         }
 
     def lines(self):

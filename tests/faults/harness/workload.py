@@ -3,8 +3,10 @@
 import logging
 import random
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 
 import db
@@ -248,8 +250,13 @@ def _work(orders, ledger):
         kind = ReaderWorker if orders["reads"] else WriterWorker
         kind(store, orders, ledger).run(stop)
         lent = _still_lent(store.pool)
+        where = [*_what_threads_do(), str(store.pool.get_stats())] if lent else []
         store.close()
-        ledger.tell("closed", lent=lent)
+        ledger.tell("closed", lent=lent, where=where)
+
+
+def _what_threads_do():
+    return ["".join(traceback.format_stack(frame)) for frame in sys._current_frames().values()]
 
 
 def _still_lent(pool, within_s=20):
