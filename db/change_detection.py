@@ -1,9 +1,11 @@
 """Which of a batch's documents differ from what is stored: hashes are compared, never texts or vectors."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeVar
 
+import psycopg
 from psycopg import Connection, Cursor
 
 from .documents import HashedItem, PreparedDocument
@@ -140,9 +142,14 @@ def _compared(
     hashes: Callable[[Sequence[H]], dict[str, Any]],
 ) -> list[tuple[Any, ...]]:
     """The rows of `statement` for each run. It is sent, and the next run taken while the server works on it."""
-    # In a transaction, whose rollback makes psycopg forget what it takes for prepared and the server never got to.
-    with connection.pipeline(), connection.transaction():
-        compared = [(run, connection.execute(statement, hashes(run))) for run in runs]
+    try:
+        with connection.pipeline():
+            compared = [(run, connection.execute(statement, hashes(run))) for run in runs]
+    except Exception:
+        # psycopg takes for prepared what is sent, also where the server never gets to it: a rollback makes it forget.
+        with suppress(psycopg.Error), connection.transaction(force_rollback=True):
+            pass
+        raise
     rows: dict[str, tuple[Any, ...]] = {}
     for run, cursor in compared:
         if rows:

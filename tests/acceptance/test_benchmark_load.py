@@ -62,7 +62,7 @@ def test_a_short_load_is_told_in_one_document(env):
 def test_calls_that_fail_are_counted_and_end_in_an_error(env):
     """Many writers take turns at one connection: longer than they wait, but who opens a store waits for nobody."""
     impatient = {"VECTORKEEP_POOL_MAX": "1", "VECTORKEEP_POOL_TIMEOUT_S": "1"}
-    many = ("--processes", "1", "--writers", "48", "--seconds", "3")
+    many = ("--processes", "1", "--writers", "48", "--seconds", "2")
     ran = run_command("benchmark", *SMALL, *many, "--json", env=env | impatient)
     assert ran.code == 1, ran.err
     assert sum(error["count"] for error in ran.json["errors"] if error["kind"] == "UnavailableError") > 0

@@ -25,7 +25,7 @@ def run(seed, seconds, **options):
 
 
 def test_nothing_is_lost_stale_or_half_under_faults():
-    report = run("continuous", 12, round_s=6)
+    report = run("continuous", 7, round_s=7)
     told = report.as_dict()
     assert report.ok, "\n".join(report.lines())
     assert told["faults_injected"] == told["faults_survived"] >= 2
@@ -34,7 +34,7 @@ def test_nothing_is_lost_stale_or_half_under_faults():
 
 def broken(seed, *mutations, **options):
     """The report of a library with `mutations`: of the first round that shows them."""
-    report = run(seed, 60, round_s=5, mutations=mutations, **options)
+    report = run(seed, 60, round_s=4, mutations=mutations, **options)
     assert not report.ok
     return report.findings
 
@@ -50,7 +50,7 @@ def test_without_the_fence_writers_that_cannot_reach_redis_make_reads_stale():
 
 
 def test_without_invalidation_the_fence_alone_keeps_reads_true():
-    report = run("no invalidation", 8, mutations=("no invalidation",), families=("network",), at_points=False)
+    report = run("no invalidation", 5, mutations=("no invalidation",), families=("network",), at_points=False)
     assert report.ok, "\n".join(report.lines())
     assert report.findings.reads["strict cached"]
 

@@ -102,8 +102,8 @@ def test_a_document_that_moved_away_meanwhile_is_not_deleted(filled, sql, admin,
 
 @pytest.fixture
 def hurried(database_url, filled, sql):
-    """The store with a time limit that no deletion of a document keeps."""
-    sql("CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.2); RETURN OLD; END $$")
+    """The store with a time limit that no deletion of two documents keeps."""
+    sql("CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.6); RETURN OLD; END $$")
     sql("CREATE TRIGGER slow BEFORE DELETE ON embeddings FOR EACH ROW EXECUTE FUNCTION slow()")
     with db.connect(database_url, False, statement_timeout_s=1) as store:
         yield store

@@ -147,7 +147,7 @@ def test_sessions_have_a_name_and_timeouts(small):
 
 
 def test_an_exhausted_pool_is_unavailable_after_its_timeout(database_url):
-    with db.connect(database_url, False, pool_max=1, pool_timeout_s=2) as store:
+    with db.connect(database_url, False, pool_max=1, pool_timeout_s=1) as store:
         with store.pool.connection():
             started = time.monotonic()
             for call in (lambda: store.get(["a"]), lambda: store.batch_upsert([{"id": "b", "text": "t"}])):
@@ -205,7 +205,7 @@ def test_a_comparison_that_takes_too_long_leaves_the_connection_as_it_was(databa
     with db.connect(database_url, redis_url, embedder=embedder, statement_timeout_s=1, pool_max=1) as store:
         given = [{"id": f"{n}", "text": "t"} for n in range(750)]
         store.embed_batch(given)
-        for _ in range(5):
+        for _ in range(2):
             with admin.transaction():
                 admin.execute("LOCK embeddings IN ACCESS EXCLUSIVE MODE")
                 with pytest.raises(UnavailableError, match="raise statement_timeout_s"):

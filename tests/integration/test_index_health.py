@@ -155,7 +155,7 @@ def test_an_index_that_holds_next_to_nothing_is_not_saved_by_the_comparison_of_a
 
 def test_a_few_lost_rows_degrade(filled, sql):
     leave_out_of_the_index(sql, 60)
-    filled.measure_recall(sample=600)
+    filled.measure_recall(sample=400)
     assert broken(filled) == {("embeddings", "unreachable")}
 
 

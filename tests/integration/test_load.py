@@ -23,7 +23,7 @@ from .counting import Counting
 
 ROOT = Path(__file__).parents[2]
 VECTOR = [1.0, *[0.0] * 15]
-TIMEOUT_S = 1.5
+TIMEOUT_S = 1.0
 POOL_MAX = 2
 
 # What holds things for another thread, and what bounds it. Whoever adds one adds its bound, and a test of that.

@@ -181,16 +181,13 @@ def test_stored_vectors_alone_tune_no_search_below_the_default(texts_store, text
     assert tuning.reason.startswith("not below 100, for only 0 queries of real searches are known")
 
 
-@pytest.mark.parametrize("documents_have", ["no vector", "zero vectors"])
-def test_a_level_without_anything_to_search_for_leaves_the_other_to_be_tuned(database_url, sql, documents_have):
-    rows = unit_rows(1500, 8)
-    with db.connect(database_url, False, model_id="m", dimensions=8) as store:
+def test_a_level_without_anything_to_search_for_leaves_the_other_to_be_tuned(database_url, sql):
+    rows = unit_rows(5000, 64)
+    with db.connect(database_url, False, model_id="m", dimensions=64) as store:
         with store.bulk_load():
             store.batch_upsert(
                 {"id": f"d{n}", "text": "t", "chunks": [{"text": "c", "embedding": row}]} for n, row in enumerate(rows)
             )
-        if documents_have == "zero vectors":
-            sql("UPDATE embeddings SET embedding = array_fill(0::real, ARRAY[8])::vector, model_id = 'm'")
         sql("VACUUM ANALYZE")
         steps = store.maintain(skip_cleanup=True, skip_compaction=True).steps
     assert [step.outcome for step in steps if step.name == "tune searches"] == ["done"], steps
@@ -291,15 +288,15 @@ def test_equal_distances_count_whichever_of_them_came(store, sql):
     with store.bulk_load():
         store.batch_upsert(documents(rows))
     sql("ANALYZE embeddings")
-    report = store.measure_recall(sample=200, k=1, ef_search=1)  # one candidate: any of three equals
-    assert report.through_index == 200
+    report = store.measure_recall(sample=100, k=1, ef_search=1)  # one candidate beside itself: any of three equals
+    assert report.through_index == 100
     same_id = 0
     with store._parts.database.maintenance() as connection:
-        for n in range(0, 2000, 10):
+        for n in range(0, 2000, 20):
             query = Query(rows[n], 1, "documents", Filter(), 1, False, exclude_id=f"d{n:05}")
             [hit] = Searcher().search(connection, query, store.model).result
             same_id += number(hit.id) == (n // 4 * 4 if n % 4 else n + 1)
-    assert same_id / 200 < 0.8 < 0.9 < report.recall
+    assert same_id / 100 < 0.8 < 0.9 < report.recall
 
 
 def test_the_row_itself_is_in_neither_answer(filled):

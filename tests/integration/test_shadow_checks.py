@@ -4,6 +4,7 @@ import pytest
 
 from db import shadow_checks
 from db.embedding_model import Model
+from db.recall_sample import has_vectors
 from db.shadow_checks import Side
 
 # Vectors of this size lie outside the row; each that is read is one look into the table behind.
@@ -24,11 +25,11 @@ def side(admin):
 
 
 def test_whether_there_are_vectors_is_told_without_reading_one(side, admin, sql):
-    assert not shadow_checks._has_vectors(side, "documents")
+    assert not has_vectors(side.connection, "documents")
     sql(_FILL, 300)
     with admin.transaction():
         before = sql(_READ)
-        assert shadow_checks._has_vectors(side, "documents")
+        assert has_vectors(side.connection, "documents")
         assert sql(_READ) == before
 
 
