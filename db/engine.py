@@ -3,7 +3,7 @@
 import logging
 import select
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -133,15 +133,23 @@ class _Pool(ConnectionPool[StoreConnection]):
 
 
 class _Dialect(PGDialect_psycopg):
-    """psycopg's dialect without its notice handler.
-
-    SQLAlchemy takes each checkout for a new connection and would add one more handler every time.
-    """
+    """psycopg's dialect for connections that a pool of psycopg's lends."""
 
     supports_statement_cache = True
+    take_back: Callable[[Any], None]
 
     def on_connect(self) -> None:
-        return None
+        """No notice handler: SQLAlchemy takes each checkout for a new connection and would add one every time."""
+
+    def initialize(self, connection: sqlalchemy.Connection) -> None:
+        """Ask what server this is. Where that fails SQLAlchemy forgets the connection; the pool gets it back here."""
+        lent: Any = connection.connection.dbapi_connection
+        try:
+            super().initialize(connection)  # type: ignore[no-untyped-call]
+        except BaseException:
+            lent.pgconn.finish()  # SQLAlchemy would roll back on it, while the pool may have lent it again
+            self.take_back(lent)
+            raise
 
 
 registry.register("postgresql.vectorkeep", __name__, "_Dialect")
@@ -254,6 +262,7 @@ class Database:
             "postgresql+vectorkeep://", poolclass=NullPool, creator=self._checkout, use_native_hstore=False
         )
         event.listen(engine, "close", self._give_back)
+        cast(_Dialect, engine.dialect).take_back = self.pool.putconn
         return engine
 
     def _checkout(self) -> Any:

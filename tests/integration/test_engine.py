@@ -99,6 +99,23 @@ def test_connections_killed_between_statements_under_sqlalchemy_go_back_to_the_p
     assert_works(small)
 
 
+def test_connections_killed_at_sqlalchemys_first_look_go_back_to_the_pool(database_url, redis_url, sql, monkeypatch):
+    """It asks the first connection of an engine what server that is, and where this fails forgets the connection."""
+    checkout = Database._checkout
+
+    def dying(database):
+        connection = checkout(database)
+        sql("SELECT pg_terminate_backend(%s, 10000)", connection.info.backend_pid)
+        return connection
+
+    monkeypatch.setattr(Database, "_checkout", dying)
+    with db.connect(database_url, redis_url, pool_max=POOL_MAX) as store:
+        for _ in range(POOL_MAX + 1):
+            with pytest.raises(UnavailableError, match="terminating connection"):
+                store.get(["a"])
+        assert store.batch_upsert([{"id": "a", "text": "t"}]).inserted == 1
+
+
 def test_a_write_whose_connection_is_killed_is_done_once_by_another(small, sql):
     sql("CREATE SEQUENCE tries")
     sql("""
