@@ -330,7 +330,6 @@ def leave_out_of_the_index(sql, count):
     sql("ANALYZE embeddings")
 
 
-@pytest.mark.every_server
 def test_rows_that_the_index_lost_are_unreachable_and_missed(filled, sql):
     leave_out_of_the_index(sql, 900)
     report = filled.measure_recall(sample=120)
