@@ -43,9 +43,9 @@ _LOCK_WRITERS = sql.SQL("""
     FROM (SELECT) AS one LEFT JOIN embedding_models ON active
 """)
 _UNLIMITED = "SET LOCAL statement_timeout = 0"
-_LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text"
+_LOG_WRITE = "INSERT INTO write_log (tags) VALUES (%s) RETURNING id, xid::text, created_at::text"
 _IS_RUNNING = "SELECT pg_xact_status(%s::xid8) IS NOT DISTINCT FROM 'in progress'"
-_IS_LOGGED = "SELECT EXISTS (SELECT FROM write_log WHERE id = %s AND xid = %s::xid8)"
+_IS_LOGGED = "SELECT EXISTS (SELECT FROM write_log WHERE id = %s AND xid = %s::xid8 AND created_at = %s::timestamptz)"
 _POLL_S = 0.05
 _PAUSE_POLL_S = 0.25
 
@@ -94,6 +94,7 @@ class _Attempt:
     """What a transaction that was about to commit would have returned."""
 
     xid: str
+    created_at: str
     outcome: Any
     logged: LoggedWrite
 
@@ -172,7 +173,7 @@ def begin_write(database: Database) -> Iterator[sqlalchemy.Connection]:
 
 def log_write(connection: sqlalchemy.Connection, tags: Sequence[str]) -> LoggedWrite:
     """Insert the write-log row of a caller's own transaction."""
-    [(log_id, _)] = connection.exec_driver_sql(_LOG_WRITE, (list(tags),)).all()
+    [(log_id, *_)] = connection.exec_driver_sql(_LOG_WRITE, (list(tags),)).all()
     return LoggedWrite(log_id, list(tags))
 
 
@@ -248,8 +249,8 @@ def _transact(
                 if not transaction.wrote:
                     return outcome, None
                 tags = bounded_tags(transaction.tags)
-                [(log_id, xid)] = cursor.execute(_LOG_WRITE, (tags,)).fetchall()
-                attempt = _Attempt(xid, outcome, LoggedWrite(log_id, tags))
+                [(log_id, xid, created_at)] = cursor.execute(_LOG_WRITE, (tags,)).fetchall()
+                attempt = _Attempt(xid, created_at, outcome, LoggedWrite(log_id, tags))
                 faults.point("write.logged")
         except pg.LockNotAvailable as exc:
             raise UnavailableError(
@@ -266,7 +267,8 @@ def _transact(
 def _committed(database: Database, attempt: _Attempt) -> bool:
     """Whether `attempt` committed: its own row in the log tells. Waits while its backend is still at it.
 
-    The status of its transaction id alone would not do: after a crash another one may have the same id.
+    The status of its transaction id would not do, nor that and the row's: a crash forgets both numbers together, and
+    another write gets them again. It has another time.
     """
     deadline = time.monotonic() + database.settings.statement_timeout_s
     while True:
@@ -283,5 +285,5 @@ def _is_logged(database: Database, attempt: _Attempt) -> tuple[bool, bool]:
             [(running,)] = connection.execute(_IS_RUNNING, (attempt.xid,)).fetchall()
         except pg.InvalidParameterValue:  # an id of the future: a crash has undone it
             running = False
-        [(logged,)] = connection.execute(_IS_LOGGED, (attempt.logged.id, attempt.xid)).fetchall()
+        [(logged,)] = connection.execute(_IS_LOGGED, (attempt.logged.id, attempt.xid, attempt.created_at)).fetchall()
         return logged, running

@@ -1,5 +1,6 @@
 """A COMMIT whose reply never came: it is found out whether it happened, and a report is true either way."""
 
+import dataclasses
 import logging
 import socket
 import threading
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 import db
+from db.transactions import LoggedWrite, _Attempt, _is_logged
 
 
 class Proxy:
@@ -104,6 +106,15 @@ def test_a_commit_that_did_not_happen_is_done_again(distant, proxy, sql, caplog)
     assert "write.commit_confirmed" not in caplog.messages
     assert sql("SELECT count(*) FROM write_log") == [(2,)]
     assert sql("SELECT count(*) FROM chunks") == [(1,)]
+
+
+def test_another_write_that_got_its_numbers_after_a_crash_confirms_nothing(store, sql):
+    store.batch_upsert([{"id": "a", "text": "t"}])
+    [(log_id, xid, created_at)] = sql("SELECT id, xid::text, created_at::text FROM write_log")
+    attempt = _Attempt(xid, created_at, None, LoggedWrite(log_id, []))
+    assert _is_logged(store._parts.database, attempt) == (True, False)
+    earlier = dataclasses.replace(attempt, created_at="2026-01-01 00:00:00.000001+00")
+    assert _is_logged(store._parts.database, earlier) == (False, False)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

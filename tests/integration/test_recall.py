@@ -14,7 +14,7 @@ from db.filters import Filter
 from db.recall import RecallRequest, measure_recall
 from db.recall_sample import Questions
 from db.search import Query, Searcher
-from db.tuning import tune_ef_search
+from db.tuning import tune_ef_search, tuning_due
 from db.vectors import BinaryVector, encode
 from tests.integration.real_texts import DIMENSIONS, nearest, scaled, vectors
 from tests.servers import database_at, execute
@@ -108,26 +108,17 @@ def questions(monkeypatch):
     return seen
 
 
-def test_the_figure_is_numpys_to_the_last_answer(texts_store, texts, questions):
+def test_the_figure_is_numpys_to_the_last_answer(texts_store, texts_url, texts, questions):
     """Few candidates show it best where the scan of a question differs from that of a user's search."""
-    stored, _ = texts
-    report = texts_store.measure_recall(sample=200, ef_search=10)
-    assert len({question.row_id for question in questions[0]}) == 200
-    truth = numpys_recall(texts_store, stored, as_asked(questions[0]), ef_search=10)
-    assert report.recall == pytest.approx(truth, abs=TO_THE_LAST_ANSWER)
-    assert report.interval[0] < report.recall <= report.interval[1] <= 1
-    assert (report.sample, report.queries_from_store, report.through_index) == (200, 200, 200)
-    assert (report.looked_up, report.unreachable, report.notes) == (200, 0, [])
-
-
-def test_the_figure_of_asked_vectors_is_numpys_too_and_lower(texts_store, texts_url, texts, questions):
     stored, asked = texts
     ask(texts_url, asked[:100])
-    report = texts_store.measure_recall(sample=200, ef_search=15)
-    assert (report.queries_from_searches, report.queries_from_store) == (100, 100)
-    truth = numpys_recall(texts_store, stored, as_asked(questions[0]), ef_search=15)
+    report = texts_store.measure_recall(sample=200, ef_search=10)
+    truth = numpys_recall(texts_store, stored, as_asked(questions[0]), ef_search=10)
     assert report.recall == pytest.approx(truth, abs=TO_THE_LAST_ANSWER)
-    only_asked = numpys_recall(texts_store, stored, [(vector, None) for vector in asked[:100]], ef_search=15)
+    assert report.interval[0] < report.recall < report.interval[1] <= 1
+    assert (report.sample, report.queries_from_searches, report.queries_from_store) == (200, 100, 100)
+    assert (report.through_index, report.looked_up, report.unreachable, report.notes) == (200, 100, 0, [])
+    only_asked = numpys_recall(texts_store, stored, [(vector, None) for vector in asked[:100]], ef_search=10)
     assert only_asked < report.recall  # stored vectors flatter an index, which has been built around them
 
 
@@ -189,11 +180,11 @@ def test_a_level_without_anything_to_search_for_leaves_the_other_to_be_tuned(dat
                 {"id": f"d{n}", "text": "t", "chunks": [{"text": "c", "embedding": row}]} for n, row in enumerate(rows)
             )
         sql("VACUUM ANALYZE")
-        steps = store.maintain(skip_cleanup=True, skip_compaction=True).steps
-    assert [step.outcome for step in steps if step.name == "tune searches"] == ["done"], steps
-    [(reason,)] = sql("SELECT ef_search_reason FROM embedding_models")
-    assert "chunks: of 200 queries" in reason
-    assert "documents" not in reason
+        with store._parts.database.maintenance() as connection:
+            assert tuning_due(connection, store.model, store.settings).keys() == {"chunks"}
+            tuning = tune_ef_search(connection, store.model, store.settings, sample=30)
+    assert tuning.reports.keys() == {"chunks"}
+    assert "chunks: of 30 queries" in tuning.reason
 
 
 def spied(function, used):
