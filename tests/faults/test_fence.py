@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 import db
+from db import faults
 from db.metrics import MetricsRecorder
 
 QUERY = [1.0, 0, 0, 0, 0, 0, 0, 0]
@@ -151,6 +152,27 @@ def test_a_transaction_id_used_again_after_a_crash_brings_no_old_answer_back(ser
         assert xid in aborted, "the crash was to give the same id again"
         assert taken_for_seen
         assert search(store) == (False, [2])
+
+
+def test_a_commit_that_a_crash_undid_is_not_confirmed_by_the_write_that_got_its_numbers(server, monkeypatch):
+    with connect(server, False) as store, connect(server, False) as other:
+        store.batch_upsert([doc(1)])
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute("CHECKPOINT")
+        crashes = []
+
+        def crash_before_commit(name):
+            if name == "write.logged" and not crashes:
+                crashes.append(name)
+                server.kill_a_backend()
+                other.batch_upsert([doc(1, id_="another")])
+
+        monkeypatch.setattr(faults, "point", crash_before_commit)
+        assert store.batch_upsert([doc(2)]).updated == 1
+        assert [document.metadata["version"] for document in store.get(["x"])] == [2]
+        with psycopg.connect(server.url) as connection:
+            numbers = connection.execute("SELECT id FROM write_log ORDER BY id").fetchall()
+        assert numbers == [(1,), (2,), (3,)], "the crash was to give the same number again"
 
 
 def test_a_cold_copy_put_back_brings_no_answer_from_its_future_back(server, redis_url):
