@@ -96,6 +96,7 @@ class _Attempt:
 
     xid: str
     created_at: str
+    life: str
     outcome: Any
     logged: LoggedWrite
 
@@ -251,7 +252,7 @@ def _transact(
                     return outcome, None
                 tags = bounded_tags(transaction.tags)
                 [(log_id, xid, created_at)] = cursor.execute(_LOG_WRITE, (tags,)).fetchall()
-                attempt = _Attempt(xid, created_at, outcome, LoggedWrite(log_id, tags))
+                attempt = _Attempt(xid, created_at, connection.identity.life, outcome, LoggedWrite(log_id, tags))
                 faults.point("write.logged")
         except pg.LockNotAvailable as exc:
             raise UnavailableError(
@@ -289,6 +290,7 @@ def _is_logged(database: Database, attempt: _Attempt) -> tuple[bool, bool]:
         numbers = (attempt.logged.id, attempt.xid)
         try:
             [(logged,)] = connection.execute(_IS_LOGGED, (*numbers, attempt.created_at)).fetchall()
-        except pg.InsufficientPrivilege:  # a tenant's login may not read the time
+        except pg.InsufficientPrivilege:  # a tenant's login may not read the time: after a crash it writes again
             [(logged,)] = connection.execute(_HAS_NUMBERS, numbers).fetchall()
+            logged = logged and connection.identity.life == attempt.life
         return logged, running

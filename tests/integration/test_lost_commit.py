@@ -111,7 +111,7 @@ def test_a_commit_that_did_not_happen_is_done_again(distant, proxy, sql, caplog)
 def test_another_write_that_got_its_numbers_after_a_crash_confirms_nothing(store, sql):
     store.batch_upsert([{"id": "a", "text": "t"}])
     [(log_id, xid, created_at)] = sql("SELECT id, xid::text, created_at::text FROM write_log")
-    attempt = _Attempt(xid, created_at, None, LoggedWrite(log_id, []))
+    attempt = _Attempt(xid, created_at, "", None, LoggedWrite(log_id, []))
     assert _is_logged(store._parts.database, attempt) == (True, False)
     earlier = dataclasses.replace(attempt, created_at="2026-01-01 00:00:00.000001+00")
     assert _is_logged(store._parts.database, earlier) == (False, False)

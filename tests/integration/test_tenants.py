@@ -1,5 +1,6 @@
 """Tenants: each sees and changes its own rows alone, whatever SQL it runs, and whoever's answer is in the cache."""
 
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -12,6 +13,7 @@ from db.config import Settings
 from db.rebuild import RebuildPlan, rebuild
 from db.registry import register_model
 from db.rollback import roll_back
+from db.transactions import LoggedWrite, _Attempt, _is_logged
 
 from .role_matrix import VECTOR, Embedder, document
 from .roles_of import roles_of
@@ -402,3 +404,16 @@ def test_a_small_tenant_in_a_big_store_gets_its_k_rows(database_url, roles, work
             # The named workspace is known to be small, and compared whole. The other way the index is asked first:
             # it brings ten and more of the tenant's rows before it gives up, but not always the nearest.
             assert found == 200
+
+
+# ---- a COMMIT whose reply was lost
+
+
+def test_a_tenants_commit_is_confirmed_by_its_numbers_while_no_crash_can_have_given_them_again(stores, owner):
+    database = stores["red"]._parts.database
+    stores["red"].batch_upsert([of("red", "new")])
+    with owner.pool.connection() as connection, database.connection() as own:
+        [row] = connection.execute("SELECT id, xid::text, created_at::text FROM write_log ORDER BY id DESC LIMIT 1")
+        attempt = _Attempt(row[1], row[2], own.identity.life, None, LoggedWrite(row[0], []))
+    assert _is_logged(database, attempt) == (True, False)
+    assert _is_logged(database, replace(attempt, life="before a crash")) == (False, False)
