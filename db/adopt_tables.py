@@ -11,6 +11,7 @@ from psycopg.sql import SQL, Composable, Identifier
 from .adopt_columns import CHUNKS, EMBEDDINGS, IN_THE_WAY, Column, Present, conversion
 from .config import Distance
 from .errors import SchemaError, ValidationError
+from .locks import limit_lock_waits
 from .migrate import alembic_config
 from .models import MAX_INDEXED_DIMENSIONS
 
@@ -103,7 +104,7 @@ class Adoption:
     dimensions: int = 0
 
     def run(self, *, lock_timeout_s: float) -> None:
-        self.execute(SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(round(lock_timeout_s * 1000))))
+        limit_lock_waits(self.connection, lock_timeout_s)
         self.check_can_be_adopted()
         self.execute("CREATE EXTENSION IF NOT EXISTS vector")
         seed = _seed_revision()

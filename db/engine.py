@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 from . import vectors
 from .config import Settings, redacted, session_conninfo
 from .embedding_model import Model
-from .errors import SchemaError, UnavailableError
+from .errors import SchemaError, UnavailableError, ValidationError
 
 logger = logging.getLogger("vectorkeep")
 
@@ -47,10 +47,13 @@ LIFE = sql.SQL("""
                OR row_security_active(to_regclass('chunks')::oid) THEN vectorkeep_scope() END)::text
 """)
 
+# Names a database among all databases; a standby's has the name of its primary's.
+_STORE = sql.SQL("system_identifier || '-' || (SELECT oid FROM pg_database WHERE datname = current_database())")
+
 # An answer can be kept where the log that ends its validity can be read, all of it, or asked by the function that
 # tenants have for it, and nothing is half restored.
 _IDENTITY = sql.SQL("""
-    SELECT system_identifier || '-' || (SELECT oid FROM pg_database WHERE datname = current_database()),
+    SELECT {store},
            {life},
            NOT pg_is_in_recovery() AND (reads_log OR asks_log)
            AND num_nulls(to_regclass('embeddings_pkey'), to_regclass('chunks_pkey')) = 0,
@@ -62,7 +65,8 @@ _IDENTITY = sql.SQL("""
                coalesce(has_function_privilege(
                    to_regprocedure('vectorkeep_still_true(pg_snapshot, text[])'), 'EXECUTE'), false) AS asks_log
     ) AS may
-""").format(life=LIFE)
+""").format(store=_STORE, life=LIFE)
+_WHICH_STORE = sql.SQL("SELECT {store} FROM pg_control_system()").format(store=_STORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +248,22 @@ class Database:
 
     @contextmanager
     def maintenance(self) -> Iterator[Connection[Any]]:
-        """A direct connection in autocommit, its timeouts off: for VACUUM, index builds, session locks."""
+        """A direct connection in autocommit, its timeouts off: for VACUUM, index builds, session locks.
+
+        Raises ValidationError where `maintenance_url` leads to another database than that of the store.
+        """
         with connect_directly(self._maintenance_url, self.settings) as connection:
+            if self._maintenance_url != self.url and self.identity is not None:
+                self._require_store(connection, self.identity.store)
             yield connection
+
+    def _require_store(self, connection: Connection[Any], expected: str) -> None:
+        [(actual,)] = connection.execute(_WHICH_STORE).fetchall()
+        if actual != expected:
+            raise ValidationError(
+                f"maintenance_url leads to another database, {redacted(self._maintenance_url)}, than that of the "
+                f"store, {self.location}; with a database_url of your own give a maintenance_url beside it, or None"
+            )
 
     def identify(self, connection: StoreConnection) -> None:
         """Ask again what `connection` is connected to: something there has changed."""

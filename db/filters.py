@@ -19,8 +19,8 @@ from .values import BadJsonError, json_value, shown, utf8_size
 
 _ORDER = {"$gt": sql.SQL(">"), "$gte": sql.SQL(">="), "$lt": sql.SQL("<"), "$lte": sql.SQL("<=")}
 _OPAQUE = sql.SQL("coalesce({}, false)")
-_MAX_DEPTH = 50
-_MAX_VALUES = 5000  # a statement takes 65,535
+MAX_DEPTH = 50
+MAX_VALUES = 5000  # a statement takes 65,535
 _OPERATORS = "$eq $ne $gt $gte $lt $lte $in $nin $exists $and $or $not"
 
 
@@ -38,9 +38,9 @@ class Filter:
                 check_key(name, getattr(self, name))
         if self.where is not None:
             values = len(compile_where(self.where, sql.Identifier("metadata")).values)
-            if values > _MAX_VALUES:
+            if values > MAX_VALUES:
                 raise ValidationError(
-                    f"where binds {values} keys and values; expected at most {_MAX_VALUES}, "
+                    f"where binds {values} keys and values; expected at most {MAX_VALUES}, "
                     "and $in for many values of one key"
                 )
 
@@ -82,8 +82,8 @@ class Condition:
 
 def compile_where(where: Any, metadata: sql.Composable, depth: int = 0) -> Condition:
     """The condition of `where`. Raises ValidationError that names the key and what is wrong there."""
-    if depth > _MAX_DEPTH:
-        raise ValidationError(f"where is nested deeper than {_MAX_DEPTH} levels; nest it less")
+    if depth > MAX_DEPTH:
+        raise ValidationError(f"where is nested deeper than {MAX_DEPTH} levels; nest it less")
     if not isinstance(where, Mapping):
         raise ValidationError(f"where is {shown(where)}; expected an object such as {{'lang': 'en'}}")
     parts = [_compile_entry(key, value, metadata, depth) for key, value in where.items()]

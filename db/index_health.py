@@ -82,8 +82,8 @@ def _report(facts: Facts) -> IndexReport:
     )
 
 
-# What only a rebuild of the index mends.
-_REBUILT = {"no-index", "invalid", "recall-lost", "many-unreachable", "unreachable", "stale", "bloat"}
+# What only a rebuild of the index mends. Low recall is not among them: that is what `ef_search` is tuned for.
+_REBUILT = {"no-index", "invalid", "many-unreachable", "unreachable", "stale", "bloat"}
 
 
 def _needs_rebuild(facts: Facts, findings: Iterable[Reason]) -> bool:

@@ -1,4 +1,4 @@
-"""Advisory locks: what they are called, and how to wait for one without harming anybody."""
+"""Locks: what the advisory ones are called, and how to wait for one without harming anybody."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from .errors import BusyError
 # First key of every advisory lock of ours ("vk"); the second is the purpose.
 LOCK_CLASS = 0x766B
 _POLL_S = 0.05
-_STINT_MS = 100
+_STINT_S = 0.1
 
 _HOLDER = """
     SELECT activity.pid, activity.application_name, activity.usename, activity.client_addr
@@ -112,6 +112,11 @@ def _locked(connection: Connection[Any], key: tuple[int, int], name: str, wait_s
             connection.execute("SELECT pg_advisory_unlock(%s, %s)", key)
 
 
+def limit_lock_waits(connection: Connection[Any], timeout_s: float) -> None:
+    """For the rest of the transaction, let no statement wait for a lock longer than `timeout_s`: LockNotAvailable."""
+    connection.execute(f"SET LOCAL lock_timeout = {max(1, round(1000 * timeout_s))}")  # 0 would be no limit
+
+
 def wait_for_writers(connection: Connection[Any], *, wait_s: float) -> None:
     """Return once every write transaction that runs now has ended. Raises BusyError after `wait_s`.
 
@@ -122,7 +127,7 @@ def wait_for_writers(connection: Connection[Any], *, wait_s: float) -> None:
     while True:
         try:
             with connection.transaction():
-                connection.execute(f"SET LOCAL lock_timeout = {_STINT_MS}")
+                limit_lock_waits(connection, _STINT_S)
                 connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", key)
                 return
         except pg.LockNotAvailable as exc:

@@ -13,7 +13,7 @@ from . import faults, vectors
 from .config import Consistency
 from .embedding_model import Model
 from .engine import LIFE, Database, StoreConnection
-from .errors import translated
+from .errors import SchemaError, translated
 from .models import Chunk, Embedding
 from .query_cache import CacheKey, QueryCache
 from .search import Answer, Query, Searcher
@@ -68,16 +68,19 @@ def search(
 
 
 def _answer(database: Database, connection: StoreConnection, searcher: Searcher, query: Query, model: Model) -> Answer:
-    """The answer from the tables. Raises SchemaError where their vectors are of another model than `model`.
+    """The answer from the tables. Raises SchemaError where their vectors are of another model or length than `model`.
 
     A rebuild that moves the store makes new tables, and with them a new life: the model is asked for in that alone.
     """
     while True:
         try:
             answer = searcher.search(connection, query, model, incomplete_will_do=True)
-        except psycopg.DataError:  # vectors of another length
+        except psycopg.DataError as exc:
             _require_model(connection, model)
-            raise
+            raise SchemaError(
+                f"{exc}: vectors are stored whose length is not the {model.dimensions} of the store's model "
+                f"{model.model_id}; 'vectorkeep doctor' tells where, ingest their sources again"
+            ) from exc
         if answer.life == database.model_life:
             return answer
         database.model_life = life = _require_model(connection, model)

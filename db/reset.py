@@ -21,7 +21,7 @@ from .config import Settings, redacted
 from .embedded_server import DATABASE
 from .engine import Database, connect_directly
 from .errors import BusyError, SchemaError, UnavailableError, ValidationError, translated
-from .locks import LOCK_CLASS, PAUSE_CLASS
+from .locks import LOCK_CLASS, PAUSE_CLASS, limit_lock_waits
 from .models import Base
 from .shadow import SHADOW
 from .swap import PREVIOUS
@@ -253,7 +253,7 @@ def _drop(connection: Connection[Any], settings: Settings) -> None:
     """Drop the tables in one statement, so that the keys between them do not matter. Nothing of others goes."""
     try:
         with connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = {round(settings.lock_timeout_s * 1000)}")
+            limit_lock_waits(connection, settings.lock_timeout_s)
             present = [(name,) for name, _ in connection.execute(_PRESENT, (_TABLES,)).fetchall()]
             present += connection.execute(_PRESENT_IN, (list(_REBUILT), _TABLES)).fetchall()
             tables = sql.SQL(", ").join(sql.Identifier(*name) for name in present)

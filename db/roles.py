@@ -22,7 +22,7 @@ from psycopg.sql import SQL, Composable, Identifier
 from .config import Settings
 from .engine import connect_directly
 from .errors import PermissionDeniedError, ValidationError
-from .locks import Purpose, advisory_lock
+from .locks import Purpose, advisory_lock, limit_lock_waits
 from .migrate import require_head
 from .role_facts import Facts, look
 from .role_rights import BY_DEFAULT, GRANTS, MAINTAINED, POLICIES, STILL_TRUE
@@ -94,16 +94,16 @@ def make_roles(url: str, plan: RolesPlan) -> RolesResult:
     with connect_directly(url, settings) as connection:
         require_head(connection)
         with advisory_lock(connection, Purpose.ROLES, wait_s=_LOCK_WAIT_S):
-            result = _made(connection, plan, round(settings.lock_timeout_s * 1000))
+            result = _made(connection, plan, settings.lock_timeout_s)
     logger.info("roles.made", extra={"roles": result.roles, "tenants": result.tenants})
     return result
 
 
-def _made(connection: Connection[Any], plan: RolesPlan, lock_timeout_ms: int) -> RolesResult:
+def _made(connection: Connection[Any], plan: RolesPlan, lock_timeout_s: float) -> RolesResult:
     for attempt in range(_TRIES):
         try:
             with connection.transaction():
-                connection.execute(f"SET LOCAL lock_timeout = {lock_timeout_ms}")
+                limit_lock_waits(connection, lock_timeout_s)
                 return _run(connection, plan)
         except _COLLISIONS:
             if attempt == _TRIES - 1:

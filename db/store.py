@@ -111,8 +111,8 @@ def connect(
     """Open a store. What is not given comes from VECTORKEEP_... in the environment.
 
     Without a database URL and without POSTGRES_HOST the embedded servers are started, and migrated; any
-    other database must be at the newest revision. `redis_url=False` means no cache. A store whose model is
-    registered keeps that model's distance; `distance` counts for a new one.
+    other database must be at the newest revision. `redis_url=False` means no cache. `distance` is that of a new
+    store; a store that has another one is not opened where it is given.
 
     Raises UnavailableError, SchemaError, ValidationError, DimensionError.
     """
@@ -406,8 +406,9 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         and `complete` is False. An answer from the cache is as fresh as one from the database, unless `consistency`
         is "bounded".
 
-        Raises ValidationError for a bad filter, k or vector; DimensionError for one of another length;
-        UnavailableError where the time is over and the index brought nothing, or was not to be asked.
+        Raises ValidationError for a bad filter, k or vector; DimensionError for one of another length; SchemaError
+        where stored vectors are of another length, written by other means; UnavailableError where the time is over
+        and the index brought nothing, or was not to be asked.
         """
         consistency = check_consistency(self._parts.settings.consistency if consistency is None else consistency)
         filters = Filter(workspace, source_id, where)

@@ -18,7 +18,7 @@ from psycopg.sql import SQL, Identifier
 from . import faults, table_dress
 from .embedding_model import Model
 from .errors import BusyError
-from .locks import LOCK_CLASS, Purpose
+from .locks import LOCK_CLASS, Purpose, limit_lock_waits
 from .migration_session import BlockerWatch
 from .opening import OpenParts
 from .pause import current_pause
@@ -32,7 +32,7 @@ PREVIOUS = "vectorkeep_previous"
 
 # Shorter than PostgreSQL's own deadlock_timeout: where a search holds one table and wants the other, the swap gives
 # way before anybody is ended.
-_STINTS_MS = (50, 100, 200, 400, 800)
+_STINTS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 _REST_S = 0.05
 
 _LOCK = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE")
@@ -131,12 +131,12 @@ def exchange(
     """
     deadline = time.monotonic() + wait_s
     for attempt in range(1_000_000):
-        stint_ms = _STINTS_MS[min(attempt, len(_STINTS_MS) - 1)]
+        stint_s = _STINTS_S[min(attempt, len(_STINTS_S) - 1)]
         try:
             with connection.transaction():
                 connection.execute(_PATIENT)
                 connection.execute(_KEEP_VACUUM_OUT)
-                connection.execute(f"SET LOCAL lock_timeout = {stint_ms}")
+                limit_lock_waits(connection, stint_s)
                 prepare()
                 logged = _exchange(connection, what)
                 conclude()

@@ -3,7 +3,8 @@
 What the library writes is logged by its own transaction. SQL beside it must call `store.record_write`, or a cached
 answer outlives what it changed; with these triggers it need not. They run after each statement, whoever it is from and
 by whatever way the rows came (COPY, MERGE, a foreign key, TRUNCATE), and log the sources and workspaces that its rows
-had before and have after. The library's writes are logged twice then, which costs a row and nothing else.
+had before and have after. What the library writes is logged by them, too: each of its statements costs one more row
+of the log, and a copy of the rows that it touched until it ends.
 """
 
 import logging
@@ -16,6 +17,7 @@ from psycopg.sql import SQL, Composed, Identifier, Literal
 from .config import Settings
 from .engine import connect_directly
 from .errors import translated
+from .locks import limit_lock_waits
 from .migrate import require_head
 from .transactions import EVERYTHING, MAX_TAGS
 
@@ -80,7 +82,7 @@ def set_write_triggers(url: str, *, wanted: bool) -> None:
     with translated(), connect_directly(url, settings) as connection:
         require_head(connection)
         with connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = {round(settings.lock_timeout_s * 1000)}")
+            limit_lock_waits(connection, settings.lock_timeout_s)
             for statement in _made(connection) if wanted else _dropped():
                 connection.execute(statement)
     logger.info("write_triggers.made" if wanted else "write_triggers.dropped")

@@ -139,7 +139,7 @@ def _close_stdout() -> ExitCode:
 
 def _end_in_order(_number: int, _frame: FrameType | None) -> NoReturn:
     """Let `with` blocks end on SIGTERM, so that embedded servers stop with the last command."""
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(ExitCode.TERMINATED)
 
 
 def _level(options: Common, debug: bool) -> int:

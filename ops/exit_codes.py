@@ -28,6 +28,7 @@ class ExitCode(IntEnum):
     DEFECT = 70, "a defect of vectorkeep; --debug shows where"
     INTERRUPTED = 130, "interrupted with Ctrl-C"
     BROKEN_PIPE = 141, "the reader of the output went away"
+    TERMINATED = 143, "ended by SIGTERM"
 
 
 def as_error_of_ours(exc: Exception) -> db.VectorKeepError | None:

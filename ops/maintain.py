@@ -53,7 +53,7 @@ def maintain(
         [(step.name, step.outcome, f"{step.duration_ms:.0f}", step.details) for step in result.steps],
     )
     if signals.received is not None:
-        raise typer.Exit(128 + signals.received)
+        return ExitCode(128 + signals.received)
     failed = any(step.outcome in ("failed", "not permitted", "not reached") for step in result.steps)
     return ExitCode.PARTIAL if failed else None
 

@@ -72,8 +72,9 @@ def migrate(
 ) -> ExitCode | None:
     """Bring the schema to the newest revision.
 
-    It works online and is safe to run again. Prints the revisions before and after. With --check nothing is
-    changed, and the exit code is 4 where the schema is not at head.
+    It works online, but for --adopt, which locks everybody out while it rewrites the tables, and is safe to run again.
+    Prints the revisions before and after. With --check nothing is changed, and the exit code is 4 where the schema is
+    not at head.
     """
     chosen = _chosen_model(model, dimensions, distance, adopt=adopt)
     plan = _roles_plan(role_prefix, roles=roles, tenants=tenants, print_sql=print_sql)

@@ -16,13 +16,13 @@ from .exit_codes import ExitCode
 def reset(
     cli: Cli,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for the database's name.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="End the sessions that work in the database.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="End the other sessions that use the store.")] = False,
 ) -> ExitCode | None:
     """Delete everything that is stored, and begin anew.
 
     Names what will go, with counts, and asks for the database's name to be typed; without a terminal to ask on, --yes
-    is needed. Drops what the migrations made and nothing else, and migrates again; embedded servers are stopped
-    and their folder deleted. Refuses while other sessions work in the database, unless forced.
+    is needed. Drops the tables that the migrations made and no others, and migrates again; embedded servers are stopped
+    and their folder deleted. Refuses while other sessions have the store open or use its tables, unless forced.
     """
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")

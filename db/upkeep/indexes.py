@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 import psycopg
 from psycopg import sql
 
-from ..health_rules import BLOAT_DEGRADED
+from ..health_rules import BLOAT_DEGRADED, UNREACHABLE_DEGRADED
 from ..index_facts import build_progress
 from ..locks import Purpose, is_held
 from ..tuning import tune_ef_search, tuning_due
@@ -17,8 +17,6 @@ from .compaction import asks_for_vacuum, predict
 from .run import NotPermitted, Run, Skipped
 
 _MIN_ROWS = 1000
-# HNSW is approximate: a row or two of 200 that no search finds are no damage, and a new graph would have others.
-_UNREACHABLE_SHARE = 0.02
 _TELL_EVERY_S = 1.0
 _TUNING_S = 300.0
 _BUILDER_WAIT_S = 5.0
@@ -67,7 +65,7 @@ def _why_rebuild(run: Run, report: IndexReport) -> str:
     """Why `report`'s index is to be built anew, with the figure; empty where it is not."""
     if report.indexed_rows + report.dead_rows < _MIN_ROWS:
         return ""
-    if report.unreachable and report.unreachable > _UNREACHABLE_SHARE * (report.looked_up or 0):
+    if report.unreachable and report.unreachable > UNREACHABLE_DEGRADED * (report.looked_up or 0):
         return f"{report.unreachable} of {report.looked_up} rows do not find themselves"
     if (report.bloat or 0) * (1 - report.stale_percent / 100) >= BLOAT_DEGRADED:  # beyond what the dead rows explain
         return f"{report.bloat:.1f} times the size after its build"

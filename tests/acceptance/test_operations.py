@@ -100,10 +100,15 @@ def test_the_cronjob_is_one_and_runs_the_command(vectorkeep):
     assert [variable["name"] for variable in container["env"]] == ["VECTORKEEP_DATABASE_URL"]
 
 
-def test_the_readme_lists_the_steps_of_maintenance_in_their_order(vectorkeep):
-    steps = [step["name"] for step in vectorkeep("maintain", "--json").json["steps"]]
-    collapsed = list(dict.fromkeys("vacuum TABLE" if name.startswith("vacuum ") else name for name in steps))
-    assert re.findall(r"^\| `([a-zA-Z ]+)` \|", MAINTENANCE, re.MULTILINE) == collapsed
+def test_the_readme_lists_the_steps_of_maintenance_in_their_order_and_what_leaves_each_out(vectorkeep):
+    def steps(*options):
+        names = [step["name"] for step in vectorkeep("maintain", *options, "--json").json["steps"]]
+        return list(dict.fromkeys("vacuum TABLE" if name.startswith("vacuum ") else name for name in names))
+
+    rows = dict(re.findall(r"^\| `([a-zA-Z ]+)` \|.*\| (?:`(--skip-[a-z]+)`)? ?\|$", MAINTENANCE, re.MULTILINE))
+    assert list(rows) == steps()
+    for option in ("--skip-cleanup", "--skip-index", "--skip-compaction"):
+        assert [name for name, by in rows.items() if by != option] == steps(option)
 
 
 def test_the_readme_names_every_option_of_maintain(env):

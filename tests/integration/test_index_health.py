@@ -153,10 +153,13 @@ def test_an_index_that_holds_next_to_nothing_is_not_saved_by_the_comparison_of_a
     assert ("embeddings", "many-unreachable") in broken(store)
 
 
-def test_a_few_lost_rows_degrade(filled, sql):
-    leave_out_of_the_index(sql, 60)
-    filled.measure_recall(sample=400)
-    assert broken(filled) == {("embeddings", "unreachable")}
+@pytest.mark.parametrize(("unreachable", "rules"), [(4, set()), (5, {"unreachable"}), (11, {"many-unreachable"})])
+def test_a_row_or_two_that_no_search_finds_are_no_damage_and_maintain_says_the_same(filled, sql, unreachable, rules):
+    filled.measure_recall(sample=20)
+    sql("UPDATE recall_measurements SET looked_up = 200, unreachable = %s", unreachable)
+    assert {rule for _, rule in broken(filled)} == rules
+    [step] = [step for step in filled.maintain(dry_run=True).steps if step.name == "rebuild stale indexes"]
+    assert documents_index(filled).needs_rebuild == ("rows do not find themselves" in step.details) == bool(rules)
 
 
 def test_recall_below_the_target_degrades_and_one_of_an_older_index_does_not_count(database_url, sql):

@@ -5,7 +5,7 @@ import psycopg
 import pytest
 
 import db
-from db.errors import DimensionError, ValidationError
+from db.errors import DimensionError, SchemaError, ValidationError
 from db.filters import Filter
 from db.index_facts import gather
 from db.search import Query, Searcher
@@ -223,6 +223,14 @@ def test_a_store_without_a_model_has_nothing_to_find(database_url):
     with db.connect(database_url, False) as store:
         result = store.search([1.0, 2.0], 5)
         assert (len(result), result.complete, result.cached) == (0, True, False)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_stored_vector_of_another_length_is_named_with_the_remedy(store, admin, exact):
+    store.batch_upsert(documents(np.eye(D, dtype=np.float32)))
+    admin.execute("DROP INDEX embeddings_vector_idx; UPDATE embeddings SET embedding = '[1,2]' WHERE id = 'd00003'")
+    with pytest.raises(SchemaError, match="length is not the 8 of the store's model test-model; 'vectorkeep doctor'"):
+        store.search([1.0] * D, exact=exact)
 
 
 @pytest.mark.parametrize("query", [[1.0] * 7, [1.0] * 9, np.ones(1)])

@@ -1,5 +1,7 @@
-"""The README and docs/ say what is so: every setting with its default, and no link that leads nowhere."""
+"""The README and docs/ say what is so: every setting with its default, every call, and no link that leads nowhere."""
 
+import dataclasses
+import inspect
 import re
 from enum import Enum
 from pathlib import Path
@@ -8,10 +10,16 @@ import pytest
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
+import db
+from db import documents, filters, models, recall, search, store, tally, values, vectors
 from db.config import OpenAISettings, Settings
+from ops import reading
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PYTHON = dict(
+    re.findall(r"^## (\w+)$(.*?)(?=^## |\Z)", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
+)
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 
 
@@ -54,6 +62,52 @@ def test_the_postgres_variables_are_named():
     for name in Settings.model_fields:
         if name.startswith("postgres_"):
             assert name.removeprefix("postgres").upper() in row
+
+
+def test_every_setting_but_those_of_openai_is_taken_by_name():
+    assert "takes each of these by name, but for those of OpenAI" in README
+    for variable in table():
+        name = variable.removeprefix("VECTORKEEP_").lower()
+        assert (name in Settings.model_fields) != variable.startswith("VECTORKEEP_OPENAI_"), variable
+
+
+def test_every_call_is_in_the_document_with_its_parameters():
+    told = dict(re.findall(r"^\| `(\w+)\((.*?)\)` \|", PYTHON["Calls"], re.MULTILINE))
+    assert set(told) == {name for name, value in vars(db.VectorStore).items() if name[0] != "_" and callable(value)}
+    for name, parameters in told.items():
+        actual = inspect.signature(getattr(db.VectorStore, name)).parameters
+        for parameter, default in re.findall(r"(\w+)=(\w+|…)", parameters):
+            assert default in ("…", str(actual[parameter].default)), f"{name}: {parameter}"
+
+
+def test_what_calls_give_back_has_the_fields_that_the_document_names():
+    told = re.findall(r"`([A-Z]\w+)`: `([a-z_ ]+)`", PYTHON["Calls"])
+    assert len(told) > 6
+    for name, fields in told:
+        assert fields.split() == [field.name for field in dataclasses.fields(getattr(db, name)) if field.repr], name
+
+
+def test_every_error_is_in_the_document():
+    told = set(re.findall(r"`(\w+(?:Error|Incomplete))`", PYTHON["Errors"].replace("db.", "")))
+    assert told == {name for name in db.__all__ if name.endswith(("Error", "Incomplete"))}
+
+
+def test_the_limits_are_those_of_the_code():
+    told = [int(number.replace(",", "")) for number in re.findall(r"\b\d[\d,]*\b", PYTHON["Limits"])]
+    assert told == [
+        documents.MAX_KEY_BYTES,
+        values.MAX_JSON_DEPTH,
+        vectors.MAX_DIMENSIONS,
+        models.MAX_INDEXED_DIMENSIONS,
+        store.MAX_BATCH,
+        tally.MAX_BATCH_CHARACTERS,
+        search.MAX_K,
+        filters.MAX_DEPTH,
+        filters.MAX_VALUES,
+        recall.MAX_SAMPLE,
+        reading.MAX_FILE_BYTES >> 20,
+    ]
+    assert reading.MAX_FILE_BYTES == reading.MAX_RECORD_BYTES
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -65,7 +65,7 @@ FAULTS = {
     "recall-lost": recall(high=0.74),
     "recall-below-target": recall(high=0.949),
     "many-unreachable": recall(unreachable=11),
-    "unreachable": recall(unreachable=10),
+    "unreachable": recall(unreachable=5),
     "zero-vectors": recall(zero_vectors=1),
     "stale": {**server(dead_rows=1100, live_rows=50_000), "vectors": 1000, "built": None},
     "dead-rows": server(dead_rows=13_000, indexed_share=0.1),
@@ -100,6 +100,7 @@ def test_each_rule_holds_alone_where_its_fault_is(rule):
     "changed",
     [
         recall(high=0.95),
+        recall(unreachable=4),
         server(size_bytes=58_000_000),
         {**server(scans=0, counted_for=timedelta(days=6))},
         {**server(size_bytes=50_000_000, shared_buffers_bytes=10**7)},  # larger, and found in memory all the same
