@@ -224,11 +224,14 @@ def session_conninfo(url: str, settings: Settings, *, maintenance: bool = False)
     """
     given = pool_session(settings)
     if maintenance:
-        given |= {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+        given |= dict.fromkeys(
+            ("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"), "0"
+        )
     parts = conninfo_to_dict(url)
     options = [str(parts["options"])] if parts.get("options") else []
     options += [f"-c {name}={value}" for name, value in given.items()]
     options.append("-c client_min_messages=warning")
+    parts["client_encoding"] = "UTF8"  # whatever the environment, the role or the database says: rows are sent in it
     parts.setdefault("application_name", "vectorkeep maintenance" if maintenance else "vectorkeep")
     parts.setdefault("connect_timeout", max(2, round(settings.connect_timeout_s)))
     return make_conninfo("", **{**parts, "options": " ".join(options)})

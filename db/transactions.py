@@ -292,5 +292,6 @@ def _is_logged(database: Database, attempt: _Attempt) -> tuple[bool, bool]:
             [(logged,)] = connection.execute(_IS_LOGGED, (*numbers, attempt.created_at)).fetchall()
         except pg.InsufficientPrivilege:  # a tenant's login may not read the time: after a crash it writes again
             [(logged,)] = connection.execute(_HAS_NUMBERS, numbers).fetchall()
+            database.identify(connection)  # a pooler keeps the connection and changes the server's session
             logged = logged and connection.identity.life == attempt.life
         return logged, running

@@ -59,6 +59,13 @@ _MOVE_CHUNKS = """
 """
 
 _ANY_DETACHED = "SELECT EXISTS (SELECT FROM chunks WHERE document_id IS NULL)"
+# Chunks whose document is gone are none of anybody's only where the key was never validated.
+_ANY_LEFT = """
+    SELECT EXISTS (SELECT FROM chunks WHERE document_id IS NULL),
+           EXISTS (SELECT FROM pg_constraint
+                   WHERE conrelid = 'chunks'::regclass AND contype = 'f' AND NOT convalidated)
+"""
+_DETACH_LEFT = "UPDATE chunks SET document_id = NULL, origin_id = document_id WHERE document_id = ANY(%s)"
 
 # Detached chunks stand in the source and workspace that their document had: those are changed, too.
 _TAKE_BACK_DETACHED = """
@@ -143,11 +150,9 @@ class UpsertBatch:
         documents = [d for d in self.documents if d.id not in self.update_only or self._vector_stays(d, stored)]
         new = sorted((d for d in documents if d.id not in stored), key=lambda d: d.id)
         if new:
-            _give_way(transaction, new)
-            if not _copy_new(cursor, new, self.model_id, now, sent):
-                new = _insert_new(cursor, new, stored, self.model_id, now)
+            if not _copy_new(transaction, new, self.model_id, now, sent):
+                new = _insert_new(transaction, new, stored, self.model_id, now)
             faults.point("upsert.inserted")
-            _take_back(transaction, new)
         inserted = {d.id for d in new}
         updated = [d for d in documents if d.id not in inserted and stored[d.id].differs(d)]
         if updated:
@@ -169,40 +174,49 @@ class UpsertBatch:
         return row is not None and row.has_vector_of(document, self.model_id)
 
 
-def _any_detached(transaction: WriteTransaction) -> bool:
-    """Whether there are detached chunks at all: nearly always not, and then no document needs to be asked about."""
-    [(exist,)] = transaction.cursor.execute(_ANY_DETACHED).fetchall()
-    return bool(exist)
+def _settle_older_chunks(transaction: WriteTransaction, new: Sequence[PreparedDocument]) -> None:
+    """Chunks that stood under the ids of the `new` documents before: those that come with chunks replace them.
+
+    The others take them back. The documents are inserted, their own chunks are not yet: whoever else has the ids has
+    finished, and what there is was left by earlier documents. Nearly always there is none, and no id is asked about.
+    """
+    cursor, ids = transaction.cursor, [d.id for d in new]
+    [(detached, unvalidated)] = cursor.execute(_ANY_LEFT).fetchall()
+    if unvalidated and cursor.execute(_DETACH_LEFT, (ids,)).rowcount:
+        detached = True
+    if not detached:
+        return
+    with_chunks = {d.id for d in new if d.chunks is not None}
+    _remove_detached(transaction, with_chunks)
+    settled = cursor.execute(_TAKE_BACK_DETACHED, ([id_ for id_ in ids if id_ not in with_chunks],))
+    for source_id, workspace in settled.fetchall():
+        transaction.touch(source_id, workspace)
 
 
-def _give_way(transaction: WriteTransaction, documents: Sequence[PreparedDocument]) -> None:
-    """Remove detached chunks of the `documents` that come with chunks of their own."""
-    ids = [d.id for d in documents if d.chunks is not None]
-    if ids and _any_detached(transaction):
-        for source_id, workspace in transaction.cursor.execute(_DELETE_DETACHED, (ids,)).fetchall():
-            transaction.touch(source_id, workspace)
-
-
-def _take_back(transaction: WriteTransaction, new: Sequence[PreparedDocument]) -> None:
-    """Give detached chunks of the `new` documents back to those that come without."""
-    ids = [d.id for d in new if d.chunks is None]
-    if ids and _any_detached(transaction):
-        for source_id, workspace in transaction.cursor.execute(_TAKE_BACK_DETACHED, (ids,)).fetchall():
-            transaction.touch(source_id, workspace)
+def _remove_detached(transaction: WriteTransaction, ids: Iterable[str]) -> None:
+    """Delete the detached chunks of the documents of `ids`."""
+    for source_id, workspace in transaction.cursor.execute(_DELETE_DETACHED, (list(ids),)).fetchall():
+        transaction.touch(source_id, workspace)
 
 
 def _copy_new(
-    cursor: Cursor[Any], new: Sequence[PreparedDocument], model_id: str, now: datetime, sent: Event | None
+    transaction: WriteTransaction,
+    new: Sequence[PreparedDocument],
+    model_id: str,
+    now: datetime,
+    sent: Event | None,
 ) -> bool:
     """COPY the `new` documents and their chunks straight into the tables: the fast way.
 
     False, with nothing done, where another writer made one of them meanwhile, or where the tables take no
     COPY (row-level security).
     """
+    cursor = transaction.cursor
     try:
         with cursor.connection.transaction():
             copy_documents(cursor, _telling(sent, new), model_id, now)
             faults.point("upsert.copied_documents")
+            _settle_older_chunks(transaction, new)
             copy_chunks(cursor, new)
     except (pg.UniqueViolation, pg.FeatureNotSupported):
         return False
@@ -217,13 +231,14 @@ def _telling(sent: Event | None, documents: Iterable[PreparedDocument]) -> Itera
 
 
 def _insert_new(
-    cursor: Cursor[Any],
+    transaction: WriteTransaction,
     new: Sequence[PreparedDocument],
     stored: dict[str, StoredRow],
     model_id: str,
     now: datetime,
 ) -> list[PreparedDocument]:
     """Insert the `new` documents with their chunks; returns those. One made meanwhile joins `stored`, locked."""
+    cursor = transaction.cursor
     create_staging(cursor)
     stage_documents(cursor, new, model_id, now)
     inserted: set[str] = set()
@@ -238,6 +253,7 @@ def _insert_new(
         if not waiting:
             break
     new = [d for d in new if d.id in inserted]
+    _settle_older_chunks(transaction, new)
     stage_chunks(cursor, new)
     cursor.execute(_INSERT_CHUNKS)
     cursor.execute("TRUNCATE vectorkeep_documents, vectorkeep_chunks")  # for those to be updated
@@ -280,7 +296,9 @@ def _chunks_of_updated(
     replaced = [d for d in documents if d.chunks is not None]
     if not replaced:
         return
-    _give_way(transaction, replaced)
+    [(any_detached,)] = cursor.execute(_ANY_DETACHED).fetchall()
+    if any_detached:
+        _remove_detached(transaction, (d.id for d in replaced))
     stage_chunks(cursor, replaced)
     cursor.execute(_DELETE_GONE_CHUNKS, {"ids": [d.id for d in replaced]})
     cursor.execute(_UPDATE_CHUNK_VECTORS)

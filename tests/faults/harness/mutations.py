@@ -30,10 +30,10 @@ def _no_invalidation():
 def _split():
     """The documents are committed before their chunks are written."""
 
-    def copy_new(cursor, new, model_id, now, _sent):
-        db.upsert.copy_documents(cursor, new, model_id, now)
-        _commit(cursor)
-        db.upsert.copy_chunks(cursor, new)
+    def copy_new(transaction, new, model_id, now, _sent):
+        db.upsert.copy_documents(transaction.cursor, new, model_id, now)
+        _commit(transaction.cursor)
+        db.upsert.copy_chunks(transaction.cursor, new)
         return True
 
     chunks_of_updated = db.upsert._chunks_of_updated
