@@ -53,7 +53,7 @@ def maintain(
         [(step.name, step.outcome, f"{step.duration_ms:.0f}", step.details) for step in result.steps],
     )
     if signals.received is not None:
-        return ExitCode(128 + signals.received)
+        return ExitCode.INTERRUPTED if signals.received == signal.SIGINT else ExitCode.TERMINATED
     failed = any(step.outcome in ("failed", "not permitted", "not reached") for step in result.steps)
     return ExitCode.PARTIAL if failed else None
 
