@@ -16,7 +16,8 @@ It does so where the first is more than twice the second. Only documents are cou
 
 Inputs may never end. An automatic load ends with the batch after which it has run for 30 minutes, or has brought
 1,000,000 inputs of an unknown number: the indexes are built, and what follows is written beside them. Where another
-process builds just then, the log says which index is missing: what was written is not lost to the caller for that.
+process builds just then, or the server cannot, the log says which index is missing: what was written is not lost to
+the caller for that. A load that lost its session builds through another one.
 
 Who loads holds a session lock. While it is held searches compare all rows, and say so; when the load ends the
 indexes are built online. A loader that dies leaves no lock and a missing index. Whoever opens the store next is
@@ -27,8 +28,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import psycopg
@@ -39,12 +41,13 @@ from sqlalchemy import Table
 from . import faults
 from .embedding_model import Model
 from .engine import Database
-from .errors import BusyError
+from .errors import BusyError, UnavailableError
 from .locks import Purpose, advisory_lock, is_held
+from .models import vector_index_name
 from .pause import current_pause
 from .registry import StoreModel
 from .tally import Tally
-from .transactions import waiting_for_resume
+from .transactions import retried, waiting_for_resume
 from .vector_index import INDEXED_TABLES, OWNS_TABLES, drop_vector_indexes, ensure_vector_indexes
 
 logger = logging.getLogger("vectorkeep")
@@ -97,7 +100,7 @@ def bulk_load(database: Database, model: StoreModel) -> Iterator[None]:
     """
     with database.maintenance() as connection:
         waiting_for_resume(lambda: _refuse_while_paused(connection), database)
-        with _loading(connection, model, lambda: INDEXED_TABLES):
+        with _loading(database, connection, model, lambda: INDEXED_TABLES):
             yield
 
 
@@ -129,17 +132,16 @@ def automatic(database: Database, model: StoreModel, inputs: int | None) -> Iter
     """
     loaded: Collection[Table] = ()
     with _Begun() as stack:
-        if inputs is None or inputs >= AUTO_MIN_INPUTS:
-            with database.connection() as pooled:
-                worth_it = _loadable_tables(pooled, inputs)
-            if worth_it and (model.registered is None or model.registered.indexed):
-                connection = stack.enter_context(database.maintenance())
-                # Where another load runs, or a stranger holds the table, rows are written beside the index.
-                with suppress(BusyError, pg.LockNotAvailable):
-                    # Asked again under the lock: another load may have filled the tables meanwhile.
-                    load = _loading(connection, model, lambda: _loadable_tables(connection, inputs), automatic=True)
-                    loaded = stack.enter_context(load)
-                    stack.enter_context(model.telling_batches(_Bound(stack, inputs).count))
+        many = inputs is None or inputs >= AUTO_MIN_INPUTS
+        indexed = model.registered is None or model.registered.indexed
+        if many and indexed and retried(lambda: _look(database, inputs)):
+            connection = stack.enter_context(database.maintenance())
+            # Where another load runs, or a stranger holds the table, rows are written beside the index.
+            with suppress(BusyError, pg.LockNotAvailable):
+                # Asked again under the lock: another load may have filled the tables meanwhile.
+                choose = partial(_loadable_tables, connection, inputs)
+                loaded = stack.enter_context(_loading(database, connection, model, choose, automatic=True))
+                stack.enter_context(model.telling_batches(_Bound(stack, inputs).count))
         yield loaded
 
 
@@ -179,6 +181,7 @@ class _Bound:
 
 @contextmanager
 def _loading(
+    database: Database,
     connection: Connection[Any],
     model: StoreModel,
     choose_tables: Callable[[], tuple[Table, ...]],
@@ -195,19 +198,38 @@ def _loading(
                 yield tables
             faults.point("bulk_load.loaded")
         finally:
-            if model.registered is not None and not connection.closed:
-                build = _build_or_warn if automatic else ensure_vector_indexes
-                build(connection, model.registered, tables)
+            if model.registered is not None and tables:
+                build = _build_or_warn if automatic else _build
+                build(database, connection, model.registered, tables)
                 faults.point("bulk_load.built")
 
 
-def _build_or_warn(connection: Connection[Any], model: Model, tables: Iterable[Table]) -> None:
-    """Build the indexes of `tables`; where another process builds for long, log a warning that names the remedy."""
+def _build_or_warn(database: Database, connection: Connection[Any], model: Model, tables: Collection[Table]) -> None:
+    """Build the indexes of `tables`; where that fails for now, log a warning that names the remedy."""
     try:
-        ensure_vector_indexes(connection, model, tables, wait_s=_AUTO_BUILDER_WAIT_S)
-    except BusyError as exc:
-        missing = [name for (name,) in connection.execute(_MISSING)]
-        logger.warning("vector_index.missing", extra=_missing_extra(missing) | {"reason": str(exc)})
+        _build(database, connection, model, tables, wait_s=_AUTO_BUILDER_WAIT_S)
+    except (BusyError, UnavailableError, psycopg.OperationalError) as exc:
+        missing = [vector_index_name(table.name) for table in tables]
+        logger.warning("vector_index.missing", extra=_missing_extra(missing) | {"reason": str(exc).strip()})
+
+
+def _build(
+    database: Database, connection: Connection[Any], model: Model, tables: Collection[Table], **wait: float
+) -> None:
+    """Build the indexes of `tables` on `connection`, idle since the load began; on another where it was lost."""
+    try:
+        ensure_vector_indexes(connection, model, tables, **wait)
+    except psycopg.OperationalError as exc:
+        if not connection.closed:
+            raise
+        logger.warning("bulk_load.session_lost", extra={"reason": str(exc).strip()})
+        with database.maintenance() as another:
+            ensure_vector_indexes(another, model, tables, **wait)
+
+
+def _look(database: Database, inputs: int | None) -> tuple[Table, ...]:
+    with database.connection() as connection:
+        return _loadable_tables(connection, inputs)
 
 
 def _refuse_while_paused(connection: Connection[Any]) -> None:

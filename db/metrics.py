@@ -77,11 +77,12 @@ class MetricsRecorder:
         self.start()
 
     def start(self) -> None:
-        """Start the background thread, once."""
-        with self._lock:
+        """Start the background thread, once. Where no thread can start, what waits is written at the close."""
+        with self._lock, self._told("metrics.not_started"):
             if self._thread is None and not self._closing:
-                self._thread = threading.Thread(target=self._run, name="vectorkeep-metrics", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="vectorkeep-metrics", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _run(self) -> None:
         while not self._closing:

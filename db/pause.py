@@ -114,6 +114,7 @@ def pause_for_operator(connection: Connection[Any], reason: str, *, ttl_s: float
     Returns once the writes that were under way have ended. Raises BusyError where a program's pause is in force,
     or where a write does not end.
     """
+    _check(reason, ttl_s)
     return _take(connection, reason, ttl_s, pid=None)
 
 
@@ -127,6 +128,7 @@ class SessionPause:
 
     def begin(self, reason: str, *, ttl_s: float) -> Pause:
         """Pause ingestion, or change the pause that this object holds. Raises BusyError as `pause_for_operator`."""
+        _check(reason, ttl_s)  # first: what is refused leaves the pause that is in force
         try:
             connection = self._session()
             pid = connection.info.backend_pid
@@ -164,10 +166,13 @@ class SessionPause:
             self._held.close()
 
 
-def _take(connection: Connection[Any], reason: str, ttl_s: float, *, pid: int | None) -> Pause:
+def _check(reason: Any, ttl_s: Any) -> None:
     check_text(reason, "reason")
     if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s <= MAX_TTL_S:
         raise ValidationError(f"ttl_s is {shown(ttl_s)}; expected seconds, more than 0 and at most {MAX_TTL_S:.0f}")
+
+
+def _take(connection: Connection[Any], reason: str, ttl_s: float, *, pid: int | None) -> Pause:
     given = {"reason": reason, "owner": _owner(), "pid": pid, "ttl_s": ttl_s}
     if connection.execute(_TAKE, given).fetchone() is None:
         other = recorded_pause(connection) or "by a process that has resumed meanwhile"

@@ -164,6 +164,20 @@ def test_where_another_process_builds_an_automatic_load_returns_and_warns(
     assert indexes() == INDEXES
 
 
+@pytest.mark.parametrize("bulk", ["auto", True])
+def test_a_load_whose_idle_session_is_ended_loses_nothing_and_builds_through_another(
+    registered, indexes, sql, bulk, caplog
+):
+    def given():
+        yield from documents(MANY)
+        sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'vectorkeep maintenance'")
+        yield from documents(10, "late")
+
+    assert registered.batch_upsert(given(), bulk=bulk).inserted == MANY + 10
+    assert "bulk_load.session_lost" in {record.msg for record in caplog.records}
+    assert indexes() == INDEXES
+
+
 def endless():
     for n in itertools.count():
         yield {"id": f"d{n}", "text": f"text {n}", "embedding": np.full(8, n + 1.0)}

@@ -1,6 +1,7 @@
 """Metrics: every operation is recorded, and recording never fails, slows or outgrows what it measures."""
 
 import logging
+import threading
 import time
 
 import pytest
@@ -117,6 +118,19 @@ def test_a_small_pool_is_not_taken_by_a_locked_metrics_table(database_url, redis
         store.batch_upsert([{"id": "a", "text": "t"}])
         until(lambda: not store._parts.metrics._buffer)
         assert store.batch_upsert([{"id": "b", "text": "t"}]).inserted == 1
+
+
+def test_where_no_thread_can_start_calls_go_on_and_the_close_writes_what_waits(database_url, redis_url, sql, caplog):
+    with db.connect(database_url, redis_url, model_id="m", dimensions=8, maintenance_on_close=False) as store:
+        before = threading.stack_size(1 << 46)  # more than there can be
+        try:
+            assert store.batch_upsert([{"id": "a", "text": "t"}]).inserted == 1
+            assert [document.id for document in store.get(["a"])] == ["a"]
+            store.close()
+        finally:
+            threading.stack_size(before)
+    assert "metrics.not_started" in {record.msg for record in caplog.records}
+    assert sql("SELECT operation FROM performance_metrics") == [("batch_upsert",)]
 
 
 def test_what_waits_to_be_written_is_bounded(store, monkeypatch):

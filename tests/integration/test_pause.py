@@ -316,6 +316,21 @@ def test_a_reason_and_a_time_that_make_no_sense_are_refused(store, admin, reason
     with pytest.raises(db.ValidationError, match=r"reason|ttl_s"):
         store.pause_ingestion(reason, ttl_s=ttl_s)
     assert current_pause(admin) is None
+    store.pause_ingestion("backup")
+    with pytest.raises(db.ValidationError, match=r"reason|ttl_s"):
+        store.pause_ingestion(reason, ttl_s=ttl_s)
+    assert current_pause(admin).reason == "backup"
+
+
+def test_a_server_that_ends_idle_sessions_does_not_end_a_pause(database_url, admin, sql, until):
+    [(name,)] = sql("SELECT quote_ident(current_database())")
+    sql(f"ALTER DATABASE {name} SET idle_session_timeout = '50ms'")
+    with db.connect(database_url, False, maintenance_on_close=False) as store:
+        store.pause_ingestion("backup")
+        with psycopg.connect(database_url, autocommit=True) as another:  # idle for as long
+            pid = another.info.backend_pid
+            until(lambda: sql("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", pid) == [(0,)])
+        assert current_pause(admin).reason == "backup"
 
 
 def test_a_role_that_could_write_before_may_see_pauses(database_url, sql):

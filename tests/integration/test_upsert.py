@@ -1,6 +1,7 @@
 """batch_upsert: what becomes of each document, and that a bad one never stops the others."""
 
 import gc
+import os
 import threading
 import weakref
 from datetime import UTC, datetime
@@ -8,12 +9,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+from psycopg.sql import SQL, Identifier
 
 import db
 from db import Document
 from db.documents import prepare
+from db.migrate import upgrade
 from db.transactions import run_write
 from db.upsert import UpsertBatch
+from tests.servers import database_at, execute
 
 from .upserts import counts, doc, vector
 
@@ -102,6 +106,34 @@ def test_what_was_written_reads_back_as_it_was(store):
     [stored] = store.get(["ä/1"])
     assert (stored.text, stored.metadata, stored.source_id) == ("line\r\n\ttext 😀\\N", metadata, "s")
     assert stored.embedding.tobytes() == exact.tobytes()
+
+
+def test_the_encoding_of_the_environment_changes_no_text(database_url, monkeypatch):
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    given = {"id": "ä", "text": "é 漢 🦉", "source_id": "ß", "metadata": {"workspace": "ø", "ключ": "значение"}}
+    with db.connect(database_url, False, maintenance_on_close=False) as store:
+        assert store.batch_upsert([given]).inserted == 1
+        [stored] = store.get(["ä"])
+        assert (stored.text, stored.source_id, stored.metadata) == (given["text"], "ß", given["metadata"])
+        assert store.batch_upsert([{**given, "text": "ü"}]).updated == 1
+        assert store.get(["ä"])[0].text == "ü"
+
+
+def test_a_database_of_another_encoding_refuses_what_it_cannot_hold(postgres_url):
+    name = f"latin_{os.getpid()}"
+    execute(
+        postgres_url, SQL("CREATE DATABASE {} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0").format(Identifier(name))
+    )
+    try:
+        url = database_at(postgres_url, name)
+        upgrade(url)
+        with db.connect(url, False, maintenance_on_close=False) as store:
+            result = store.batch_upsert([{"id": "a", "text": "é"}, {"id": "b", "text": "漢"}])
+            assert (result.inserted, result.failed, result.errors[0][0]) == (1, 1, "b")
+            assert "has no equivalent in encoding" in result.errors[0][1]
+            assert store.get(["a"])[0].text == "é"
+    finally:
+        execute(postgres_url, SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
 
 
 def test_what_was_read_can_be_written_back_and_changes_nothing(store):

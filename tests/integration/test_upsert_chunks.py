@@ -142,6 +142,33 @@ def test_chunks_that_were_taken_back_can_be_removed(detached):
     assert counts(detached.batch_upsert([doc("a", chunks=())])) == {"unchanged": 1}
 
 
+@pytest.fixture
+def left(store, sql):
+    """A store with chunks of a document `a` that is gone, from before there was a key between them."""
+    store.batch_upsert([doc("a", chunks=THREE, source_id="old", metadata={"workspace": "w"})])
+    sql("ALTER TABLE chunks DROP CONSTRAINT chunks_document_id_fkey")
+    sql("DELETE FROM embeddings")
+    sql("""ALTER TABLE chunks ADD CONSTRAINT chunks_document_id_fkey
+           FOREIGN KEY (document_id) REFERENCES embeddings (id) NOT VALID""")
+    return store
+
+
+@pytest.mark.parametrize("among", [(), ("b",)])
+@pytest.mark.parametrize(("chunks", "after"), [((), []), ([{"text": "fresh"}], ["fresh"]), (None, None)])
+def test_chunks_left_by_a_document_from_before_the_key_are_replaced_or_taken_back(left, sql, chunks, after, among):
+    after = [chunk["text"] for chunk in THREE] if after is None else after
+    given = [doc("a", chunks=chunks, source_id="new"), *(doc(id_, chunks=THREE) for id_ in among)]
+    assert counts(left.batch_upsert(given)) == {"inserted": len(given)}
+    assert texts(left, "a") == after
+    assert (
+        sql("SELECT DISTINCT source_id, workspace FROM chunks WHERE document_id = 'a'") == [("new", None)][: len(after)]
+    )
+    [(tags,)] = sql("SELECT tags FROM write_log ORDER BY id DESC LIMIT 1")
+    assert {"source:old", "source:new", "workspace:w"} <= set(tags)
+    assert counts(left.batch_upsert(given)) == {"unchanged": len(given)}
+    assert sql("SELECT count(*) FROM chunks WHERE document_id = 'a'") == [(len(after),)]
+
+
 def test_detached_chunks_of_other_documents_are_left_alone(detached, sql):
     detached.batch_upsert([doc("b", chunks=THREE), doc("a#1")])
     assert sql("SELECT count(*) FROM chunks WHERE document_id IS NULL") == [(3,)]
