@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 from . import vectors
 from .config import Settings, redacted, session_conninfo
 from .embedding_model import Model
-from .errors import SchemaError, UnavailableError, ValidationError
+from .errors import SchemaError, UnavailableError
 
 logger = logging.getLogger("vectorkeep")
 
@@ -250,7 +250,7 @@ class Database:
     def maintenance(self) -> Iterator[Connection[Any]]:
         """A direct connection in autocommit, its timeouts off: for VACUUM, index builds, session locks.
 
-        Raises ValidationError where `maintenance_url` leads to another database than that of the store.
+        Raises SchemaError where `maintenance_url` leads to another database than that of the store.
         """
         with connect_directly(self._maintenance_url, self.settings) as connection:
             if self._maintenance_url != self.url and self.identity is not None:
@@ -260,7 +260,7 @@ class Database:
     def _require_store(self, connection: Connection[Any], expected: str) -> None:
         [(actual,)] = connection.execute(_WHICH_STORE).fetchall()
         if actual != expected:
-            raise ValidationError(
+            raise SchemaError(
                 f"maintenance_url leads to another database, {redacted(self._maintenance_url)}, than that of the "
                 f"store, {self.location}; with a database_url of your own give a maintenance_url beside it, or None"
             )

@@ -13,7 +13,7 @@ import sqlalchemy
 import sqlalchemy.exc
 
 import db
-from db import ClosedError, UnavailableError, ValidationError
+from db import ClosedError, SchemaError, UnavailableError
 from db.config import Settings
 from db.engine import Database
 from db.locks import LOCK_CLASS, Purpose
@@ -212,17 +212,17 @@ def test_a_maintenance_url_to_another_database_is_refused_before_anything_is_don
     make_database, servers, postgres_version
 ):
     here, other = (make_database(servers.template(postgres_version)) for _ in range(2))
-    with db.connect(here, False, maintenance_url=other, maintenance_on_close=False) as store:
-        with pytest.raises(ValidationError, match="maintenance_url leads to another database"):
+    with db.connect(here, False, model_id="m", maintenance_url=other, maintenance_on_close=False) as store:
+        with pytest.raises(SchemaError, match="maintenance_url leads to another database"):
             store.batch_upsert([db.Document("a", "t", VECTOR)])
-        with pytest.raises(ValidationError, match="give a maintenance_url beside it, or None"):
+        with pytest.raises(SchemaError, match="give a maintenance_url beside it, or None"):
             store.pause_ingestion("p")
-        with pytest.raises(ValidationError):
+        with pytest.raises(SchemaError):
             store.maintain()
     for url in (here, other):
         with db.connect(url, False, maintenance_url=None, maintenance_on_close=False) as store:
             assert (store.model, store.get(["a"])) == (None, [])
-    with db.connect(here, False, maintenance_url=here.replace("postgresql://", "postgres://")) as store:
+    with db.connect(here, False, model_id="m", maintenance_url=here.replace("postgresql://", "postgres://")) as store:
         assert store.batch_upsert([db.Document("a", "t", VECTOR)]).inserted == 1
 
 

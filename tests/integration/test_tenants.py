@@ -416,4 +416,9 @@ def test_a_tenants_commit_is_confirmed_by_its_numbers_while_no_crash_can_have_gi
         [row] = connection.execute("SELECT id, xid::text, created_at::text FROM write_log ORDER BY id DESC LIMIT 1")
         attempt = _Attempt(row[1], row[2], own.identity.life, None, LoggedWrite(row[0], []))
     assert _is_logged(database, attempt) == (True, False)
-    assert _is_logged(database, replace(attempt, life="before a crash")) == (False, False)
+    earlier = replace(attempt, life="before a crash")
+    assert _is_logged(database, earlier) == (False, False)
+    assert database.pool.get_stats()["pool_size"] == 1
+    with database.connection() as kept_by_a_pooler:
+        kept_by_a_pooler.identity = replace(kept_by_a_pooler.identity, life="before a crash")
+    assert _is_logged(database, earlier) == (False, False)
