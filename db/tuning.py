@@ -65,7 +65,8 @@ def _why_due(connection: Connection[Any], model: Model, level: Level, settings: 
         return "not measured since the index was built"
     if last.target != settings.target_recall:
         return f"the target is {settings.target_recall:g} now, and was {last.target:g}"
-    if last.recall < last.target and last.recommended_ef_search not in (None, model.ef_search):
+    enough = last.recommended_ef_search
+    if last.recall < last.target and enough is not None and (model.ef_search is None or model.ef_search < enough):
         return f"it was {last.recall:.3f} with ef_search {last.ef_search}, below the target of {last.target:g}"
     changed = abs(rows - last.rows)
     if changes is not None and last.changes is not None:

@@ -13,6 +13,7 @@ from db import search as search_module
 from db.filters import Filter
 from db.recall import RecallRequest, measure_recall
 from db.recall_sample import Questions
+from db.registry import active_model
 from db.search import Query, Searcher
 from db.tuning import tune_ef_search, tuning_due
 from db.vectors import BinaryVector, encode
@@ -185,6 +186,17 @@ def test_a_level_without_anything_to_search_for_leaves_the_other_to_be_tuned(dat
             tuning = tune_ef_search(connection, store.model, store.settings, sample=30)
     assert tuning.reports.keys() == {"chunks"}
     assert "chunks: of 30 queries" in tuning.reason
+
+
+@pytest.mark.parametrize(("tuned", "due"), [(None, True), (39, True), (40, False), (60, False)])
+def test_what_is_tuned_high_enough_is_not_measured_again_for_a_setting_that_is_too_low(filled, sql, tuned, due):
+    """The other level may need more than this one."""
+    filled.measure_recall(sample=20)
+    sql("UPDATE recall_measurements SET recall = 0.9, target = 0.95, ef_search = 20, recommended_ef_search = 40")
+    sql("UPDATE embedding_models SET ef_search = %s", tuned)
+    with filled._parts.database.maintenance() as connection:
+        found = tuning_due(connection, active_model(connection), filled.settings)
+    assert ("documents" in found) == due
 
 
 def spied(function, used):
