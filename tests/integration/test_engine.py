@@ -208,6 +208,22 @@ def test_a_missing_database_is_unavailable(database_url):
 # -- timeouts ------------------------------------------------------------------------------------------------
 
 
+def test_an_older_pgvector_is_refused_at_the_opening(database_url, sql):
+    sql("UPDATE pg_extension SET extversion = '0.7.4' WHERE extname = 'vector'")
+    with pytest.raises(SchemaError, match=r"pgvector 0\.7\.4; expected at least 16 with 0\.8"):
+        db.connect(database_url, False)
+
+
+def test_connections_that_are_idle_for_long_close(database_url, sql, until):
+    sessions = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'vectorkeep' AND datname = current_database()"
+    )
+    with db.connect(database_url, False, pool_idle_s=0.1) as store:
+        store.get(["a"])
+        until(lambda: sql(sessions) == [(0,)])
+        assert store.get(["a"]) == []
+
+
 def test_a_maintenance_url_to_another_database_is_refused_before_anything_is_done_there(
     make_database, servers, postgres_version
 ):
