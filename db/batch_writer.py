@@ -58,7 +58,7 @@ class BatchWriter(Generic[R]):
         """
         self._ids, self._done = ids, done
         only, self._first = self._first and not full, False
-        self._write = self._submit(write) if ids and not only else _written(write)
+        self._write = self._submit(write) if ids and not only else _write_here(write)
 
     def _submit(self, write: Callable[[], R]) -> "Future[R]":
         self.sent.clear()
@@ -66,7 +66,7 @@ class BatchWriter(Generic[R]):
             submitted = self._thread.submit(self._send, write)
         except RuntimeError:  # the main thread has ended, and with it no other thread may begin; or there are too many
             self._thread.shutdown(cancel_futures=True)
-            return _written(write)
+            return _write_here(write)
         self.sent.wait(_HEAD_START_S)
         return submitted
 
@@ -100,7 +100,8 @@ class BatchWriter(Generic[R]):
         return returned
 
 
-def _written(write: Callable[[], R]) -> "Future[R]":
+def _write_here(write: Callable[[], R]) -> "Future[R]":
+    """What `write()`, called now, returned, as a future that is done."""
     written: Future[R] = Future()
     written.set_result(write())
     return written

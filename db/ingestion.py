@@ -104,7 +104,7 @@ class Ingestion:
         """
         return self.database.settings.pool_max == 1 or writer.overlaps(map(id_of, batch))
 
-    def _done(self, tally: Tally, inputs: int, _written: object = None) -> None:
+    def _done(self, tally: Tally, inputs: int, _returned: object = None) -> None:
         """A batch is written, and nothing of the next one yet."""
         self.model.batch_written(inputs)
         tally.progress(inputs)

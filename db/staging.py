@@ -87,16 +87,8 @@ def copy_vectors(cursor: Cursor[Any], rows: Iterable[tuple[bytes, bytes]]) -> No
 
 
 def copy_ids(cursor: Cursor[Any], table: str, ids: Iterable[str]) -> None:
-    """COPY `ids` into the column `id` of `table`. Ids that are no valid text are left out."""
-    rows = (_FIELDS(1) + _bytes(encoded) for encoded in (_encodable(id_) for id_ in ids) if encoded is not None)
-    _copy(cursor, table, ("id",), rows)
-
-
-def _encodable(value: str) -> bytes | None:
-    try:
-        return value.encode()
-    except UnicodeEncodeError:
-        return None
+    """COPY `ids` into the column `id` of `table`."""
+    _copy(cursor, table, ("id",), (_FIELDS(1) + _text(id_) for id_ in ids))
 
 
 def _copy(cursor: Cursor[Any], table: str, columns: Sequence[str], rows: Iterable[bytes]) -> None:
