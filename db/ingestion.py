@@ -21,7 +21,7 @@ from .checked_batch import CheckedBatch, id_of
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
 from .engine import Database
-from .errors import ValidationError
+from .errors import ValidationError, words_of
 from .registry import StoreModel
 from .tally import Tally, batches
 from .transactions import LoggedWrite, retried, run_write
@@ -238,5 +238,4 @@ def _hashed(given: Item | Mapping[str, Any]) -> HashedItem:
 def _reason(exc: psycopg.Error) -> str:
     if isinstance(exc, pg.UniqueViolation) and exc.diag.constraint_name == "embeddings_pkey":
         return "its id is taken by a document that this role may not see"
-    primary = exc.diag.message_primary or str(exc).strip()
-    return f"{primary} ({exc.diag.message_detail})" if exc.diag.message_detail else primary
+    return words_of(exc)

@@ -113,6 +113,13 @@ def test_a_role_that_may_not_write_is_told_so(store, sql):
         sql(f"DROP ROLE {role}")
 
 
+def test_what_a_constraint_refuses_of_a_callers_transaction_is_told_as_of_any_call(store, sql):
+    store.batch_upsert([doc("a")])
+    with pytest.raises(db.ValidationError, match=r"refuses this: .* \(Key \(id\)=\(a\)"), store.transaction() as own:
+        own.exec_driver_sql("INSERT INTO embeddings (id, text) VALUES ('b', 't'), ('a', 't')")
+    assert sql("SELECT id FROM embeddings") == [("a",)]
+
+
 def test_a_callers_transaction_is_refused_once_the_store_was_moved_to_another_model(store, sql):
     store.batch_upsert([doc("a", embedding=[1.0] * 8)])
     with store.transaction():
