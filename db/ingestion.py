@@ -36,9 +36,14 @@ H = TypeVar("H", bound=HashedItem)
 # the rest goes through. 57014 is a statement that took too long.
 _REFUSALS = ("0A", "22", "23", "44", "54", "P0")
 
+# All that a write needs. Tenants have rights to some columns only of the tables beside those of the documents.
 _MAY_WRITE = """
     SELECT bool_and(has_table_privilege(name, 'SELECT') AND has_table_privilege(name, 'INSERT')
                     AND has_table_privilege(name, 'UPDATE') AND has_table_privilege(name, 'DELETE'))
+           AND has_any_column_privilege('write_log', 'INSERT') AND has_any_column_privilege('write_log', 'SELECT')
+           AND has_any_column_privilege('ingestion_pause', 'SELECT')
+           AND has_any_column_privilege('embedding_models', 'SELECT')
+           AND has_database_privilege(current_database(), 'TEMPORARY')
     FROM unnest(ARRAY['embeddings', 'chunks']) AS name
 """
 _IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM embeddings)"
