@@ -10,11 +10,10 @@ from typing import Any
 
 import psycopg
 from psycopg import Connection
-from psycopg import errors as pg
 
 from .adopt_tables import Adoption
 from .config import Distance, Settings, libpq_url, session_conninfo
-from .errors import SchemaError, ValidationError, translated
+from .errors import SchemaError, ValidationError, breaks_a_rule, translated, words_of
 from .migrate import upgrade
 from .migration_session import BlockerWatch, explained
 
@@ -70,11 +69,7 @@ def _refused(exc: psycopg.Error, connection: Connection[Any], lock_timeout_s: fl
     def fetch(query: str) -> Sequence[Any]:
         return connection.execute(query.encode()).fetchone() or ()
 
-    # In tables that nobody else can use, duplicates were there before: to try again would not help.
-    duplicate = isinstance(exc, pg.UniqueViolation)
-    if not duplicate and (ours := explained(exc, fetch, lock_timeout_s=lock_timeout_s, blockers=blockers)):
+    # In tables that nobody else can use, what breaks a rule was there before: to try again would not help.
+    if not breaks_a_rule(exc) and (ours := explained(exc, fetch, lock_timeout_s=lock_timeout_s, blockers=blockers)):
         return ours
-    detail = f" ({exc.diag.message_detail})" if exc.diag.message_detail else ""
-    return SchemaError(
-        f"the tables cannot be adopted as they are: {exc.diag.message_primary}{detail}; nothing was changed"
-    )
+    return SchemaError(f"the tables cannot be adopted as they are: {words_of(exc)}; nothing was changed")

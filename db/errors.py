@@ -14,7 +14,10 @@ class VectorKeepError(Exception):
 
 
 class ValidationError(VectorKeepError, ValueError):
-    """An input is not acceptable. The message tells the actual value, the expected one and the remedy."""
+    """An input is not acceptable, here or to a constraint or trigger of the database.
+
+    The message tells the actual value, the expected one and the remedy.
+    """
 
 
 class DimensionError(ValidationError):
@@ -83,6 +86,17 @@ def _driver_error(exc: BaseException) -> BaseException:
     return exc
 
 
+def breaks_a_rule(exc: psycopg.Error) -> bool:
+    """Whether a constraint refused it, or what a trigger raised."""
+    return (exc.sqlstate or "").startswith(("23", "P0"))
+
+
+def words_of(exc: psycopg.Error) -> str:
+    """What the server said, in one line: its message, and the detail where it gave one."""
+    primary = exc.diag.message_primary or str(exc).strip()
+    return f"{primary} ({exc.diag.message_detail})" if exc.diag.message_detail else primary
+
+
 def from_driver(exc: BaseException) -> VectorKeepError | None:
     """The error of ours that a driver's error means to a caller, or None where it means a defect."""
     exc = _driver_error(exc)
@@ -102,6 +116,11 @@ def from_driver(exc: BaseException) -> VectorKeepError | None:
             return UnavailableError(
                 f"no database connection became free: {text}; call from fewer threads at once, or raise pool_max or "
                 "pool_timeout_s; 'vectorkeep doctor' tells whether the server has connections left"
+            )
+        case psycopg.Error() if breaks_a_rule(exc):
+            return ValidationError(
+                f"the database refuses this: {words_of(exc)}; remove what stands in the way, "
+                "or change that constraint or trigger"
             )
         case psycopg.OperationalError() | pg.InsufficientResources() | pg.ReadOnlySqlTransaction():
             return UnavailableError(f"the database cannot serve this now: {text}")

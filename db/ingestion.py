@@ -21,7 +21,7 @@ from .checked_batch import CheckedBatch, id_of
 from .documents import HashedItem, PreparedDocument, as_item, hash_item, prepare
 from .embedding import TextEmbedder, document_of
 from .engine import Database
-from .errors import ValidationError
+from .errors import ValidationError, words_of
 from .registry import StoreModel
 from .tally import Tally, batches
 from .transactions import LoggedWrite, retried, run_write
@@ -36,9 +36,14 @@ H = TypeVar("H", bound=HashedItem)
 # the rest goes through. 57014 is a statement that took too long.
 _REFUSALS = ("0A", "22", "23", "44", "54", "P0")
 
+# All that a write needs. Tenants have rights to some columns only of the tables beside those of the documents.
 _MAY_WRITE = """
     SELECT bool_and(has_table_privilege(name, 'SELECT') AND has_table_privilege(name, 'INSERT')
                     AND has_table_privilege(name, 'UPDATE') AND has_table_privilege(name, 'DELETE'))
+           AND has_any_column_privilege('write_log', 'INSERT') AND has_any_column_privilege('write_log', 'SELECT')
+           AND has_any_column_privilege('ingestion_pause', 'SELECT')
+           AND has_any_column_privilege('embedding_models', 'SELECT')
+           AND has_database_privilege(current_database(), 'TEMPORARY')
     FROM unnest(ARRAY['embeddings', 'chunks']) AS name
 """
 _IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM embeddings)"
@@ -238,5 +243,4 @@ def _hashed(given: Item | Mapping[str, Any]) -> HashedItem:
 def _reason(exc: psycopg.Error) -> str:
     if isinstance(exc, pg.UniqueViolation) and exc.diag.constraint_name == "embeddings_pkey":
         return "its id is taken by a document that this role may not see"
-    primary = exc.diag.message_primary or str(exc).strip()
-    return f"{primary} ({exc.diag.message_detail})" if exc.diag.message_detail else primary
+    return words_of(exc)

@@ -35,6 +35,14 @@ _REGISTER = """
     SELECT %s, %s, %s, true WHERE NOT EXISTS (SELECT FROM embedding_models WHERE active)
     ON CONFLICT DO NOTHING
 """
+# A stored vector of other dimensions than the model to be. Where there is none all rows are read, once in the life of
+# a store; the build of the index, which is next, reads the same vectors and takes many times as long.
+_STRANGER = """
+    (SELECT 'embeddings', id, vector_dims(embedding) FROM embeddings WHERE vector_dims(embedding) <> %(dimensions)s)
+    UNION ALL
+    (SELECT 'chunks', id, vector_dims(embedding) FROM chunks WHERE vector_dims(embedding) <> %(dimensions)s)
+    LIMIT 1
+"""
 
 
 def active_model(connection: Connection[Any]) -> Model | None:
@@ -45,7 +53,8 @@ def active_model(connection: Connection[Any]) -> Model | None:
 def register_model(url: str, model_id: str, dimensions: int, distance: Distance) -> None:
     """Make `model_id` the active model of the store at `url`, if it has none, and build its indexes.
 
-    Safe to run again. Raises SchemaError where another model is active.
+    Safe to run again. Raises SchemaError where another model is active, DimensionError where a stored vector has other
+    dimensions; nothing is registered then.
     """
     settings = Settings(database_url=url)
     with connect_directly(url, settings) as connection:
@@ -54,10 +63,15 @@ def register_model(url: str, model_id: str, dimensions: int, distance: Distance)
 
 
 def _register(connection: Connection[Any], model: Model) -> Model:
-    """Register `model`, or accept the one that is active where it is equal. Returns the active model."""
+    """Register `model`, or accept the one that is active where it is equal. Returns the active model.
+
+    Raises SchemaError where another one is active, DimensionError where a stored vector has other dimensions.
+    """
     check_key("model_id", model.model_id)
     check_count("dimensions", model.dimensions, vectors.MAX_DIMENSIONS)
     try:
+        if active_model(connection) is None:  # before the lock: it may take longer than others wait for that
+            _check_stored(connection, model)
         with advisory_lock(connection, Purpose.REGISTRY, wait_s=_REGISTRY_WAIT_S):
             connection.execute(_REGISTER, (model.model_id, model.dimensions, model.distance))
             active = active_model(connection)
@@ -72,6 +86,17 @@ def _register(connection: Connection[Any], model: Model) -> Model:
         ) from exc
     logger.info("model.registered", extra={"model_id": model.model_id, "dimensions": model.dimensions})
     return model
+
+
+def _check_stored(connection: Connection[Any], model: Model) -> None:
+    """Raise DimensionError where a vector that was stored without any model registered cannot be of `model`."""
+    stranger = connection.execute(_STRANGER, {"dimensions": model.dimensions}).fetchone()
+    if stranger is not None:
+        table, id_, dimensions = stranger
+        raise DimensionError(
+            f"{table} holds a vector of {dimensions} dimensions, of {id_!r}, and {model.model_id!r} would have "
+            f"{model.dimensions}; register the model that made the stored vectors, or use another database"
+        )
 
 
 class StoreModel:

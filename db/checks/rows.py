@@ -18,7 +18,7 @@ _OTHER_DIMENSIONS = sql.SQL("""
     WHERE embedding IS NOT NULL AND vector_dims(embedding) <> %s GROUP BY 1 ORDER BY 2 DESC LIMIT 5
 """)
 _OTHER_MODELS = sql.SQL("""
-    SELECT coalesce(model_id, 'none'), count(*), min(id) FROM embeddings {sample}
+    SELECT model_id, count(*), min(id) FROM embeddings {sample}
     WHERE embedding IS NOT NULL AND model_id IS DISTINCT FROM %s GROUP BY 1 ORDER BY 2 DESC LIMIT 5
 """)
 
@@ -33,20 +33,20 @@ def orphans(examination: Examination) -> Iterator[Found]:
         )
 
 
-@check("missing vectors", Needs.SCHEMA, "every document, or a chunk of it, and every chunk has a vector")
+@check(
+    "missing vectors",
+    Needs.SCHEMA,
+    "every document, or a chunk of it, and every chunk has a vector",
+    fine="nothing lacks a vector",
+)
 def missing_vectors(examination: Examination) -> Iterator[Found]:
-    [(documents, chunks)] = examination.rows("""
-        SELECT (SELECT count(*) FROM embeddings WHERE embedding IS NULL),
-               (SELECT count(*) FROM chunks WHERE embedding IS NULL)
-    """)
+    documents = count_orphans(examination.connection, "embeddings")
+    chunks = examination.value("SELECT count(*) FROM chunks WHERE embedding IS NULL")
     if chunks or documents:
         yield warn(
-            f"{documents} documents and {chunks} chunks have no vector of their own: "
-            "a search for documents, or for chunks, does not find them",
+            f"{documents} documents and {chunks} chunks have no vector to be found by",
             "ingest their sources again with an embedder",
         )
-    else:
-        yield ok("every row has a vector")
 
 
 @check("one model", Needs.SCHEMA, "all vectors are of the registered model, in its dimensions")
@@ -61,19 +61,24 @@ def one_model(examination: Examination) -> Iterator[Found]:
         else:
             yield ok("no model is registered yet, and no vector stored")
         return
-    wrong, sampled = _strangers(examination, model)
+    wrong, unrecorded, sampled = _strangers(examination, model)
     if wrong:
         yield fail(
             f"the store's model is {model.model_id} of {model.dimensions} dimensions, but there are {'; '.join(wrong)}",
             "ingest their sources again; 'vectorkeep rebuild' moves a whole store to one model",
         )
+    elif unrecorded:
+        yield warn(
+            f"{unrecorded} with no model on record: kept while their text changed, or older than the registry",
+            "ingest their sources again with an embedder",
+        )
     else:
         yield ok(f"{model.model_id}, {model.dimensions} dimensions, {model.distance}{sampled}")
 
 
-def _strangers(examination: Examination, model: Model) -> tuple[list[str], str]:
-    """Vectors of other dimensions or models, in words; and how much of the tables was looked at."""
-    found, sampled = [], ""
+def _strangers(examination: Examination, model: Model) -> tuple[list[str], str, str]:
+    """Vectors of other dimensions or models, in words; those of no model; and how much of the tables was looked at."""
+    found, unrecorded, sampled = [], "", ""
     for table in ("embeddings", "chunks"):
         rows = examination.value(_ROWS, table)
         sample: sql.Composable = sql.SQL("")
@@ -85,8 +90,11 @@ def _strangers(examination: Examination, model: Model) -> tuple[list[str], str]:
             found.append(f"{count} {table} of {dimensions} dimensions, {example!r} among them")
         if table == "embeddings":
             for name, count, example in _fetch(examination, _OTHER_MODELS.format(sample=sample), model.model_id):
-                found.append(f"{count} {table} of the model {name}, {example!r} among them")
-    return found, sampled
+                if name is None:
+                    unrecorded = f"{count} {table}, {example!r} among them,"
+                else:
+                    found.append(f"{count} {table} of the model {name}, {example!r} among them")
+    return found, unrecorded, sampled
 
 
 def _fetch(examination: Examination, statement: sql.Composed, value: Any) -> list[tuple[Any, ...]]:

@@ -8,6 +8,15 @@ def filled(vectorkeep, folder):
     return vectorkeep
 
 
+def test_a_source_that_a_table_of_the_users_own_refers_to_is_no_defect(filled, database_url):
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE notes (document_id text REFERENCES embeddings (id))")
+        connection.execute("INSERT INTO notes SELECT id FROM embeddings WHERE source_id = 'handbook' LIMIT 1")
+    refused = filled("delete-source", "handbook", "--yes", code=6)
+    assert 'constraint "notes_document_id_fkey" on table "notes"' in refused.err
+    assert refused.err.count("\n") == 1
+
+
 def test_a_source_is_deleted_only_when_told_so(filled):
     asked = filled("delete-source", "handbook", code=2)
     assert "--yes" in asked.err

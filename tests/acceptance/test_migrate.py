@@ -67,6 +67,17 @@ def test_a_model_is_registered_with_its_indexes(vectorkeep):
     assert "other" in other.err
 
 
+def test_dimensions_that_are_not_those_of_the_stored_vectors_are_refused_before_they_are_registered(
+    vectorkeep, database_url
+):
+    upgrade(database_url, "0002")
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("INSERT INTO embeddings (id, text, embedding) VALUES ('a', 't', '[1,2,3]')")
+    refused = vectorkeep("migrate", "--model", "minilm", "--dimensions", "4", code=6)
+    assert "embeddings holds a vector of 3 dimensions, of 'a', and 'minilm' would have 4" in refused.err
+    assert vectorkeep("migrate", "--model", "minilm", "--dimensions", "3").fields["model"] == "minilm"
+
+
 def test_the_packaged_model_is_known_by_name(vectorkeep):
     ran = vectorkeep("migrate", "--model", "wordllama", "--json")
     assert ran.json["model"] == {"model_id": "wordllama-l2-supercat-256", "dimensions": 256, "distance": "cosine"}

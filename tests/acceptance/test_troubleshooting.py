@@ -302,7 +302,7 @@ def rows_that_the_index_lost(scene: Scene):
     yield
 
 
-@fault("have no vector of their own")
+@fault("have no vector to be found by")
 def documents_without_a_vector(scene: Scene):
     with db.connect(scene.url, False) as store:
         [stored] = scene.sql("SELECT id, text, source_id, metadata FROM embeddings WHERE text LIKE '%%Owls%%'")
@@ -310,6 +310,15 @@ def documents_without_a_vector(scene: Scene):
         store.batch_upsert(
             [{"id": id_, "text": text, "source_id": source, "metadata": metadata, "embedding": None, "chunks": ()}]
         )
+    yield
+
+
+@fault("with no model on record")
+def a_vector_of_a_text_before(scene: Scene):
+    with db.connect(scene.url, False) as store:
+        [stored] = scene.sql("SELECT id, source_id, metadata FROM embeddings WHERE text LIKE '%%Owls%%'")
+        id_, source, metadata = stored
+        store.batch_upsert([{"id": id_, "text": "On Owls, changed", "source_id": source, "metadata": metadata}])
     yield
 
 

@@ -56,6 +56,7 @@ class Report:
 
     def refused(self, message: str) -> None:
         assert _SAYS_WHAT_TO_DO.search(message), f"does not say what to do: {message}"
+        assert "the database refuses" not in message, f"a constraint had to refuse it: {message}"
         assert len(message) < 1000, f"too long to be read: {message[:1000]}"
         assert "\0" not in message
         message.encode()

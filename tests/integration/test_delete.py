@@ -4,10 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from psycopg import errors as pg
 
 import db
 from db import DeleteResult, ValidationError
 
+EMBEDDER = db.CallableEmbedder(lambda texts: np.ones((len(texts), 8)), "test-model", 8)
 CHUNKS = [{"text": "one"}, {"text": "two"}]
 
 
@@ -79,10 +81,30 @@ def test_detached_chunks_alone_are_deleted_with_their_source(filled, sql):
 def test_a_deletion_that_fails_half_way_deletes_nothing(filled, sql, cascade):
     sql("CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not %', OLD.id; END $$")
     sql("CREATE TRIGGER refuse BEFORE DELETE ON embeddings FOR EACH ROW WHEN (OLD.id = 'b') EXECUTE FUNCTION refuse()")
-    with pytest.raises(Exception, match="not b"):
+    with pytest.raises(ValidationError, match="the database refuses this: not b; "):
         filled.delete_by_source_id("s", cascade=cascade)
     assert [len(d.chunks) for d in filled.get(["a", "b", "c"])] == [2, 2, 2]
     assert sql("SELECT count(*) FROM write_log") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda store: store.delete(["a"]),
+        lambda store: store.delete_by_source_id("s"),
+        lambda store: store.sync([], source_id="s", embedder=EMBEDDER, allow_empty=True),
+        lambda store: store.cleanup_orphaned(),
+    ],
+    ids=["delete", "delete_by_source_id", "sync", "cleanup_orphaned"],
+)
+def test_a_document_that_a_table_of_the_users_own_refers_to_is_kept_and_told(filled, sql, remove):
+    sql("CREATE TABLE notes (document_id text REFERENCES embeddings (id))")
+    sql("INSERT INTO notes VALUES ('a')")
+    told = r'"notes" \(Key \(id\)=\(a\) is still referenced.*remove what'
+    with pytest.raises(ValidationError, match=told) as refused:
+        remove(filled)
+    assert isinstance(refused.value.__cause__, pg.ForeignKeyViolation)
+    assert [d.id for d in filled.get(["a", "b", "c"])] == ["a", "b", "c"]
 
 
 def test_a_document_that_moved_away_meanwhile_is_not_deleted(filled, sql, admin, until):
@@ -115,8 +137,7 @@ def test_a_source_however_large_can_be_deleted(hurried, cascade):
 
 
 def test_a_sync_may_delete_for_longer_than_a_statement_may_take(hurried):
-    embedder = db.CallableEmbedder(lambda texts: np.ones((len(texts), 8)), "m", 8)
-    assert hurried.sync([], source_id="s", embedder=embedder, allow_empty=True).deleted == 2
+    assert hurried.sync([], source_id="s", embedder=EMBEDDER, allow_empty=True).deleted == 2
 
 
 def test_a_deletion_waits_for_a_lock_no_longer_than_any_write(hurried, admin):

@@ -260,10 +260,16 @@ def test_a_foreign_key_that_is_gone_is_told(examine, sql):
 
 def test_rows_without_vectors_are_counted(examine, sql):
     sql("UPDATE embeddings SET embedding = NULL WHERE id IN ('d1', 'd2')")
-    sql("UPDATE chunks SET embedding = NULL WHERE document_id = 'd3'")
+    sql("UPDATE chunks SET embedding = NULL WHERE document_id IN ('d2', 'd3')")
     found = examine.one("missing vectors")
     assert found.status == "warn"
-    assert found.evidence.startswith("2 documents and 1 chunks")
+    assert found.evidence.startswith("1 documents and 2 chunks")
+
+
+def test_documents_that_are_found_by_their_chunks_lack_no_vector(examine, sql):
+    sql("UPDATE embeddings SET embedding = NULL")
+    found = examine.one("missing vectors")
+    assert (found.status, found.evidence) == ("ok", "nothing lacks a vector")
 
 
 def test_vectors_of_another_model_or_length_are_told(examine, sql):
@@ -273,6 +279,17 @@ def test_vectors_of_another_model_or_length_are_told(examine, sql):
     sql("DROP INDEX chunks_vector_idx")
     sql("UPDATE chunks SET embedding = '[1,2,3]' WHERE document_id = 'd5'")
     assert "1 chunks of 3 dimensions" in examine.one("one model").evidence
+
+
+def test_a_vector_that_was_kept_while_its_text_changed_is_no_other_models(examine, store, sql):
+    store.batch_upsert([{"id": "d6", "text": "another"}])
+    found = examine.one("one model")
+    assert (found.status, found.remedy) == ("warn", "ingest their sources again with an embedder")
+    assert found.evidence.startswith("1 embeddings, 'd6' among them, with no model on record: kept while")
+    sql("UPDATE embeddings SET model_id = 'other' WHERE id = 'd4'")
+    found = examine.one("one model")
+    assert (found.status, "'d4' among them" in found.evidence) == ("fail", True)
+    assert "none" not in found.evidence
 
 
 def test_vectors_without_a_registered_model_are_told(examine, sql):

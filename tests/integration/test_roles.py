@@ -75,6 +75,29 @@ def test_each_role_can_do_what_the_matrix_says(kind, roles, model, database_url,
     assert found == expected(kind, admin.info.server_version // 10_000)
 
 
+@pytest.mark.parametrize("kind", ["app", "tenant"])
+@pytest.mark.parametrize(
+    "right",
+    [
+        "UPDATE ON embeddings",
+        "INSERT ON write_log",
+        "SELECT ON write_log",
+        "SELECT ON ingestion_pause",
+        "SELECT ON embedding_models",
+        "TEMPORARY ON DATABASE {}",
+    ],
+)
+def test_without_a_right_that_every_write_needs_a_call_ends_and_blames_no_document(kind, right, roles, model, sql):
+    roles.make(tenants=True)
+    url = roles.login("writer", kind, *(["w"] if kind == "tenant" else []))
+    with db.connect(url, False, maintenance_on_close=False) as store:
+        assert store.batch_upsert([document("a")]).inserted == 1
+        store.pool.drain()  # its sessions have their temporary tables already
+        sql(f"REVOKE {right.format(roles.prefix)} FROM PUBLIC, {roles.name(kind)}")
+        with pytest.raises(db.PermissionDeniedError, match="permission denied"):
+            store.batch_upsert([document(id_, text="new") for id_ in "abcd"])
+
+
 def test_the_matrix_is_that_of_the_documentation():
     assert list(MATRIX) == [*OPERATIONS, *VERBS]
     assert as_markdown() in DOC.read_text()

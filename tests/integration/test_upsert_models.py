@@ -7,6 +7,7 @@ import pytest
 import db
 from db import SchemaError
 from db.locks import LOCK_CLASS, Purpose
+from db.registry import register_model
 
 from .upserts import counts, doc
 
@@ -53,6 +54,23 @@ def test_a_registration_that_is_cut_off_is_told_and_nothing_of_its_batch_is_lost
     assert sql("SELECT count(*) FROM embeddings WHERE embedding IS NOT NULL") == [(1500 - before,)]
 
 
+@pytest.mark.parametrize("table", ["embeddings", "chunks"])
+def test_a_model_of_other_dimensions_than_the_stored_vectors_is_not_registered(database_url, redis_url, sql, table):
+    """A store of before there was a registry has vectors and no model."""
+    sql("INSERT INTO embeddings (id, text) SELECT n::text, 't' FROM generate_series(1, 3) AS n")
+    sql("INSERT INTO chunks (id, document_id, chunk_index, text) SELECT id || '#0', id, 0, 't' FROM embeddings")
+    sql(f"UPDATE {table} SET embedding = '[1,2,3]' WHERE id LIKE '2%'")
+    for _ in range(2):
+        with pytest.raises(db.DimensionError, match=f"{table} holds a vector of 3 dimensions, of '2.*'m' would have 4"):
+            register_model(database_url, "m", 4, "cosine")
+    with db.connect(database_url, redis_url) as store:
+        result = store.batch_upsert([doc("a", embedding=[1.0, 2.0]), doc("b", embedding=[1.0, 2.0, 3.0])])
+        assert (counts(result), store.model.dimensions) == ({"inserted": 1, "failed": 1}, 3)
+        assert [(id_, "of 3 dimensions" in reason) for id_, reason in result.errors] == [("a", True)]
+    register_model(database_url, "default", 3, "cosine")
+    assert sql("SELECT model_id, dimensions FROM embedding_models") == [("default", 3)]
+
+
 def test_a_second_model_is_refused_every_time_and_writes_nothing(database_url, redis_url, sql):
     with db.connect(database_url, redis_url, model_id="second", dimensions=3) as late:
         with db.connect(database_url, redis_url, model_id="first", dimensions=3) as first:
@@ -93,6 +111,13 @@ def test_a_role_that_may_not_write_is_told_so(store, sql):
         sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET role")
         sql(f"DROP OWNED BY {role}")
         sql(f"DROP ROLE {role}")
+
+
+def test_what_a_constraint_refuses_of_a_callers_transaction_is_told_as_of_any_call(store, sql):
+    store.batch_upsert([doc("a")])
+    with pytest.raises(db.ValidationError, match=r"refuses this: .* \(Key \(id\)=\(a\)"), store.transaction() as own:
+        own.exec_driver_sql("INSERT INTO embeddings (id, text) VALUES ('b', 't'), ('a', 't')")
+    assert sql("SELECT id FROM embeddings") == [("a",)]
 
 
 def test_a_callers_transaction_is_refused_once_the_store_was_moved_to_another_model(store, sql):

@@ -283,6 +283,15 @@ def test_dimensions_of_an_empty_typed_column_are_known(empty_database_url, by_ha
             "ALTER TABLE embeddings DROP CONSTRAINT embeddings_pkey; ALTER TABLE embeddings ADD PRIMARY KEY (id, text)",
             {}, SchemaError, r"\(id, text\), expected \(id\)",
         ),
+        (
+            "ALTER TABLE embeddings ADD CHECK (jsonb_typeof(metadata) <> 'object') NOT VALID",
+            {}, SchemaError, "cannot be adopted as they are: .*embeddings_metadata_check",
+        ),
+        (
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'hands off'; END $$; "
+            "CREATE TRIGGER keep BEFORE UPDATE ON embeddings FOR EACH ROW EXECUTE FUNCTION keep()",
+            {}, SchemaError, "cannot be adopted as they are: hands off; nothing was changed",
+        ),
         ("CREATE TABLE write_log (id int)", {}, SchemaError, "write_log"),
         ("CREATE VIEW texts AS SELECT text FROM embeddings; ALTER TABLE chunks ALTER id TYPE varchar", {}, None, None),
         (

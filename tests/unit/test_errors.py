@@ -36,6 +36,10 @@ OURS = [
     (pg.InternalError_("could not write to log file"), UnavailableError, "vectorkeep doctor"),
     (pg.DataCorrupted("invalid page"), UnavailableError, "vectorkeep doctor"),
     (pg.DeadlockDetected("deadlock"), UnavailableError, "cannot serve"),
+    (pg.UniqueViolation("twice"), ValidationError, "the database refuses this"),
+    (pg.ExclusionViolation("overlap"), ValidationError, "or change that constraint"),
+    (pg.RaiseException("not today"), ValidationError, "or change that constraint or trigger"),
+    (pg.AssertFailure("never"), ValidationError, "the database refuses this"),
 ]
 
 
@@ -49,7 +53,7 @@ def test_a_drivers_error_is_raised_as_ours_with_its_cause(error, ours, remedy, w
     assert str(error) in str(caught.value) or ours is ClosedError
 
 
-@pytest.mark.parametrize("error", [pg.SyntaxError("x"), pg.UniqueViolation("x"), ValueError("x")])
+@pytest.mark.parametrize("error", [pg.SyntaxError("x"), pg.DivisionByZero("x"), ValueError("x")])
 def test_an_error_that_means_a_defect_stays_what_it_is(error):
     assert from_driver(error) is None
     with pytest.raises(type(error)), translated():
