@@ -66,6 +66,11 @@ _TAGS = SQL("""
 _MAKE_TRIGGER = SQL("""
     CREATE OR REPLACE TRIGGER {name} AFTER {event} ON {table} {rows} FOR EACH STATEMENT EXECUTE FUNCTION {function}()
 """)
+# Whatever the table's schema: a rebuild keeps the tables that it replaced, with their triggers.
+_CALLING = """
+    SELECT quote_ident(tgname), tgrelid::regclass::text FROM pg_trigger
+    WHERE tgfoid = to_regprocedure(%s) ORDER BY tgrelid, tgname
+"""
 _SCHEMA = """
     SELECT nspname, pg_get_userbyid(relowner) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE pg_class.oid = 'embeddings'::regclass
@@ -83,7 +88,7 @@ def set_write_triggers(url: str, *, wanted: bool) -> None:
         require_head(connection)
         with connection.transaction():
             limit_lock_waits(connection, settings.lock_timeout_s)
-            for statement in _made(connection) if wanted else _dropped():
+            for statement in _made(connection) if wanted else _dropped(connection):
                 connection.execute(statement)
     logger.info("write_triggers.made" if wanted else "write_triggers.dropped")
 
@@ -110,11 +115,15 @@ def _made(connection: Connection[Any]) -> Iterator[Composed]:
             yield SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(Identifier(table), _name(event))
 
 
-def _dropped() -> Iterator[Composed]:
-    for table in TABLES:
-        for event in _ROWS:
-            yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_name(event), Identifier(table))
+def _dropped(connection: Connection[Any]) -> Iterator[Composed]:
+    for name, table in _calling(connection):
+        yield SQL("DROP TRIGGER {} ON {}").format(SQL(name), SQL(table))
     yield SQL("DROP FUNCTION IF EXISTS {}()").format(Identifier(FUNCTION))
+
+
+def _calling(connection: Connection[Any]) -> list[tuple[Any, ...]]:
+    """Name and table of each trigger that calls the function, both as the server quotes them."""
+    return connection.execute(_CALLING, (f"{FUNCTION}()",)).fetchall()
 
 
 def _name(event: LiteralString) -> Identifier:
