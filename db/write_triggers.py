@@ -19,6 +19,7 @@ from .engine import connect_directly
 from .errors import translated
 from .locks import limit_lock_waits
 from .migrate import require_head
+from .migration_locks import lock_in_stints
 from .transactions import EVERYTHING, MAX_TAGS
 
 logger = logging.getLogger("vectorkeep")
@@ -80,8 +81,8 @@ _SCHEMA = """
 def set_write_triggers(url: str, *, wanted: bool) -> None:
     """Make the triggers on the tables of the store at `url`, or drop them. Safe to run again; one transaction.
 
-    Raises BusyError where a table's lock is not to be had within `lock_timeout_s`: for a moment nobody may write.
-    PermissionDeniedError: the tables are another role's.
+    Raises BusyError where the tables' locks are not to be had within `lock_timeout_s`: for a moment nobody may write,
+    nor read where triggers are dropped. PermissionDeniedError: the tables are another role's.
     """
     settings = Settings(database_url=url)
     with translated(), connect_directly(url, settings) as connection:
@@ -94,6 +95,7 @@ def set_write_triggers(url: str, *, wanted: bool) -> None:
 
 
 def _made(connection: Connection[Any]) -> Iterator[Composed]:
+    connection.execute(lock_in_stints(*TABLES, mode="SHARE ROW EXCLUSIVE").encode())
     [(schema, owner)] = connection.execute(_SCHEMA).fetchall()
     function = Identifier(schema, FUNCTION)
     yield _MAKE_FUNCTION.format(
@@ -116,7 +118,9 @@ def _made(connection: Connection[Any]) -> Iterator[Composed]:
 
 
 def _dropped(connection: Connection[Any]) -> Iterator[Composed]:
-    for name, table in _calling(connection):
+    if tables := sorted({table for _, table in _calling(connection)}):
+        connection.execute(lock_in_stints(*tables, mode="ACCESS EXCLUSIVE").encode())
+    for name, table in _calling(connection):  # once more: a rebuild may have exchanged the tables before the lock
         yield SQL("DROP TRIGGER {} ON {}").format(SQL(name), SQL(table))
     yield SQL("DROP FUNCTION IF EXISTS {}()").format(Identifier(FUNCTION))
 
