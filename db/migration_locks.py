@@ -36,6 +36,6 @@ def lock_in_stints(*tables: str, mode: str) -> str:
     """SQL that locks all of `tables`, or none, until the transaction ends; within it, `lock_timeout` in all.
 
     A statement that waits for such a lock makes all later ones wait behind it, readers too: for a moment here, then
-    they go first. `tables` and `mode` are written by migrations, never by users.
+    they go first. `tables` are names as in SQL, quoted where they must be; neither they nor `mode` are input.
     """
     return _IN_STINTS.format(tables=", ".join(tables), mode=mode, stint_ms=_STINT_MS, pause_s=_PAUSE_S)

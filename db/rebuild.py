@@ -47,6 +47,7 @@ from .shadow import (
     build_indexes,
     create_schema,
     create_tables,
+    definitions_of,
     drop_schema,
     home_of,
     in_shadow,
@@ -129,12 +130,13 @@ class _Rebuild:
             paused_at = time.monotonic()
             [(last_write,)] = self.lead.execute(_LAST_WRITE).fetchall()
             self._step("creating", None)
+            definitions = definitions_of(self.lead)
             create_tables(self.lead, self.owner, self.model)
             with shadow_database(self.parts.database, self.lead) as shadow:
                 self._fill(shadow)
                 self._index_and_check(shadow)
             assert pause.owner_pid is not None
-            self._swap(Exchange(self.home, self.live_model, self.model, last_write, pause.owner_pid))
+            self._swap(Exchange(self.home, definitions, self.live_model, self.model, last_write, pause.owner_pid))
         except BaseException as exc:
             if self.swap is not None and self.swap.done:
                 self._tidy()

@@ -10,7 +10,7 @@ from .shadow import SHADOW
 from .swap import PREVIOUS
 
 FUNCTIONS = ("vectorkeep_scope", "vectorkeep_still_true", write_triggers.FUNCTION)
-_SEPARATED = ["embeddings", "chunks"]
+SEPARATED = ["embeddings", "chunks"]
 
 _SESSION = """
     SELECT current_user::text, current_database()::text, nspname::text,
@@ -98,8 +98,8 @@ def look(connection: Connection[Any], names: dict[str, str], tables: list[str]) 
     if names["owner"] in roles:
         owner = {"owner": names["owner"], "schema": schema}
         is_owner, owner_may_create, owner_may_make_tables = _one(connection, _IS_OWNER, owner)
-    separated = connection.execute(_ROW_SECURITY, (_SEPARATED,)).fetchall()
-    policies = frozenset((table, name) for table, name in connection.execute(_POLICIES, (_SEPARATED,)))
+    separated = connection.execute(_ROW_SECURITY, (SEPARATED,)).fetchall()
+    policies = frozenset((table, name) for table, name in connection.execute(_POLICIES, (SEPARATED,)))
     given = {
         "roles": roles,
         "schemas": [schema, extension_schema],

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,11 @@ from psycopg.sql import SQL, Composable, Identifier
 
 from .config import Settings
 from .engine import connect_directly
-from .errors import PermissionDeniedError, ValidationError
+from .errors import PermissionDeniedError, ValidationError, translated
 from .locks import Purpose, advisory_lock, limit_lock_waits
 from .migrate import require_head
-from .role_facts import Facts, look
+from .migration_locks import lock_in_stints
+from .role_facts import SEPARATED, Facts, look
 from .role_rights import BY_DEFAULT, GRANTS, MAINTAINED, POLICIES, STILL_TRUE
 
 logger = logging.getLogger("vectorkeep")
@@ -79,19 +81,20 @@ class RolesResult:
 def roles_sql(url: str, plan: RolesPlan) -> RolesResult:
     """The SQL that `make_roles` would run in the store at `url`; nothing is changed."""
     settings = Settings(database_url=url)
-    with connect_directly(url, settings) as connection:
+    with translated(), connect_directly(url, settings) as connection:
         require_head(connection)
-        return _planned(connection, plan)
+        return _planned(connection, plan, _look(connection, plan))
 
 
 def make_roles(url: str, plan: RolesPlan) -> RolesResult:
     """Make the roles, the tables the owner's, and grant each role what it needs and nothing else.
 
     Safe to run again and by several at once: it is one transaction. Raises PermissionDeniedError that names the SQL
-    for an administrator where this role may not do it, BusyError where a table's lock is not to be had.
+    for an administrator where this role may not do it, BusyError where the tables' locks are not to be had within
+    `lock_timeout_s`.
     """
     settings = Settings(database_url=url)
-    with connect_directly(url, settings) as connection:
+    with translated(), connect_directly(url, settings) as connection:
         require_head(connection)
         with advisory_lock(connection, Purpose.ROLES, wait_s=_LOCK_WAIT_S):
             result = _made(connection, plan, settings.lock_timeout_s)
@@ -113,7 +116,9 @@ def _made(connection: Connection[Any], plan: RolesPlan, lock_timeout_s: float) -
 
 
 def _run(connection: Connection[Any], plan: RolesPlan) -> RolesResult:
-    result = _planned(connection, plan)
+    facts = _look(connection, plan)
+    result = _planned(connection, plan, facts)
+    _lock_altered(connection, plan, facts, tenants=result.tenants)
     for statement in result.statements:
         try:
             connection.execute(statement.encode())
@@ -125,6 +130,17 @@ def _run(connection: Connection[Any], plan: RolesPlan) -> RolesResult:
         reason = "the server granted nothing: " + ", ".join(lacking)
         raise _denied(connection.info.user, reason, result.statements, result.statements[0])
     return result
+
+
+def _lock_altered(connection: Connection[Any], plan: RolesPlan, facts: Facts, *, tenants: bool) -> None:
+    """Lock the tables whose owner, policies or row-level security are to change, so that nobody queues behind that."""
+    tables = [name for kind, name in facts.strange if kind == "TABLE"]
+    if tenants and list(_separate(plan, facts)):
+        tables += SEPARATED
+    if tables:
+        # Who may not lock a table may not alter it either: the statement that is refused says who may.
+        with suppress(pg.InsufficientPrivilege), connection.transaction():
+            connection.execute(lock_in_stints(*tables, mode="ACCESS EXCLUSIVE").encode())
 
 
 def _denied(user: str, reason: str, statements: list[str], refused: str) -> PermissionDeniedError:
@@ -140,8 +156,11 @@ def _denied(user: str, reason: str, statements: list[str], refused: str) -> Perm
 # -- the plan ------------------------------------------------------------------------------------------------
 
 
-def _planned(connection: Connection[Any], plan: RolesPlan) -> RolesResult:
-    facts = look(connection, plan.names, [*GRANTS["app"], "tenant_workspaces"])
+def _look(connection: Connection[Any], plan: RolesPlan) -> Facts:
+    return look(connection, plan.names, [*GRANTS["app"], "tenant_workspaces"])
+
+
+def _planned(connection: Connection[Any], plan: RolesPlan, facts: Facts) -> RolesResult:
     tenants = plan.tenants or facts.row_security
     parts = [_make(plan, facts), _own(plan, facts), _open(plan, facts)]
     if tenants:

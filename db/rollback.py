@@ -23,7 +23,7 @@ from .rebuild_runs import (
     previous_oids,
     require_previous,
 )
-from .shadow import SHADOW, TABLES, create_schema, drop_schema, home_of
+from .shadow import SHADOW, TABLES, create_schema, definitions_of, drop_schema, home_of
 from .shadow_fill import count_kept, count_rows
 from .swap import PREVIOUS, Exchange, Swap
 from .types import StepProgress
@@ -104,7 +104,7 @@ def roll_back(
         run_id = begin_run(lead, previous.model, {"rolls_back": previous.run_id})
         [(last_write,)] = lead.execute(_LAST_WRITE).fetchall()
         assert pause.owner_pid is not None
-        what = Exchange(home, parts.model.registered, previous.model, last_write, pause.owner_pid)
+        what = Exchange(home, definitions_of(lead), parts.model.registered, previous.model, last_write, pause.owner_pid)
         if on_progress is not None:
             on_progress("swapping", "waits for the searches under way")
         swap = Swap(parts, lead, what)

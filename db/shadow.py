@@ -53,13 +53,19 @@ _COLUMNS = """
     SELECT attname FROM pg_attribute
     WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum
 """
+_COLUMN_DEFINITIONS = """
+    SELECT attname, concat_ws(' ', format_type(atttypid, atttypmod), attcollation, attnotnull, attidentity,
+                              attgenerated, attstorage, attcompression, pg_get_expr(adbin, adrelid))
+    FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+    WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped
+"""
 # Of NOT NULL constraints, which PostgreSQL 18 lists too, LIKE takes care.
 _CONSTRAINTS = """
     SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
     WHERE conrelid = %s::regclass AND contype = ANY (%s) ORDER BY contype DESC, conname
 """
 _INDEXES = """
-    SELECT pg_get_indexdef(indexrelid) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    SELECT relname, pg_get_indexdef(indexrelid) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
     WHERE indrelid = %s::regclass AND indisvalid AND relname <> %s
       AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
 """
@@ -102,6 +108,23 @@ def size_of(connection: Connection[Any]) -> int:
 def columns_of(connection: Connection[Any], table: str) -> list[str]:
     """The columns of `table` that a row is written with."""
     return [name for (name,) in connection.execute(_COLUMNS, (table,))]
+
+
+def definitions_of(connection: Connection[Any]) -> dict[str, str]:
+    """The live tables' columns, constraints and valid indexes by kind and name, as a rebuild makes them again.
+
+    Without the vector indexes, which go by the model.
+    """
+    found: dict[str, str] = {}
+    for table in TABLES:
+        for kind, query, values in (
+            ("column", _COLUMN_DEFINITIONS, ()),
+            ("constraint", _CONSTRAINTS, (["p", "u", "c", "x", "f"],)),
+            ("index", _INDEXES, (vector_index_name(table),)),
+        ):
+            rows = connection.execute(query.encode(), (table, *values)).fetchall()
+            found |= {f"{kind} {table}.{name}": definition for name, definition in rows}
+    return found
 
 
 def in_shadow(table: str) -> Identifier:
@@ -163,7 +186,7 @@ def build_indexes(connection: Connection[Any], home: str, model: Model | None) -
     for table in INDEXED_TABLES:
         connection.execute(SQL("VACUUM (ANALYZE) {}").format(in_shadow(table.name)))
         live = f"{home}.{table.name}"
-        for (definition,) in connection.execute(_INDEXES, (live, vector_index_name(table.name))).fetchall():
+        for _, definition in connection.execute(_INDEXES, (live, vector_index_name(table.name))).fetchall():
             connection.execute(definition.replace(f" ON {live} ", f" ON {SHADOW}.{table.name} ", 1).encode())
         if model is not None and model.indexed:
             count = SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL").format(in_shadow(table.name))

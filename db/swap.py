@@ -6,7 +6,7 @@ for a moment at a time, and those that come wait no longer than that; each sees 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from .migration_session import BlockerWatch
 from .opening import OpenParts
 from .pause import current_pause
 from .registry import active_model
-from .shadow import SHADOW, TABLES, in_shadow
+from .shadow import SHADOW, TABLES, definitions_of, in_shadow
 from .transactions import EVERYTHING, LoggedWrite
 
 logger = logging.getLogger("vectorkeep")
@@ -70,11 +70,12 @@ _KEEP_VACUUM_OUT = SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQ
 class Exchange:
     """What is to be exchanged, and what must still be so in the transaction that does it.
 
-    home: the live tables' schema. after_log_id: the last write that the shadow's contents know of. pause_pid: the
-    session whose pause keeps writers out.
+    home: the live tables' schema. definitions: `definitions_of` them from before they were copied. after_log_id: the
+    last write that the shadow's contents know of. pause_pid: the session whose pause keeps writers out.
     """
 
     home: str
+    definitions: Mapping[str, str]
     before: Model | None
     after: Model | None
     after_log_id: int
@@ -127,7 +128,7 @@ def exchange(
     """Exchange live and shadow tables; the live ones go where PREVIOUS is, what was there is dropped.
 
     `prepare` and `conclude` run in the same transaction, first and last. Raises BusyError where the tables' locks
-    were not to be had within `wait_s`, or where something was written since: nothing was changed then.
+    were not to be had within `wait_s`, or where something was written or altered since: nothing was changed then.
     """
     deadline = time.monotonic() + wait_s
     for attempt in range(1_000_000):
@@ -189,6 +190,10 @@ def _check_unchanged(connection: Connection[Any], what: Exchange) -> None:
         )
     if (active := active_model(connection)) != what.before:
         raise BusyError(f"the store's model became {active} meanwhile; nothing was changed: run it again")
+    if altered := {name for name, _ in what.definitions.items() ^ definitions_of(connection).items()}:
+        raise BusyError(
+            f"the live tables were altered meanwhile: {', '.join(sorted(altered))}; nothing was changed: run it again"
+        )
 
 
 def writes_since(connection: Connection[Any], log_id: int) -> int:

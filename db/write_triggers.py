@@ -19,6 +19,7 @@ from .engine import connect_directly
 from .errors import translated
 from .locks import limit_lock_waits
 from .migrate import require_head
+from .migration_locks import lock_in_stints
 from .transactions import EVERYTHING, MAX_TAGS
 
 logger = logging.getLogger("vectorkeep")
@@ -66,6 +67,11 @@ _TAGS = SQL("""
 _MAKE_TRIGGER = SQL("""
     CREATE OR REPLACE TRIGGER {name} AFTER {event} ON {table} {rows} FOR EACH STATEMENT EXECUTE FUNCTION {function}()
 """)
+# Whatever the table's schema: a rebuild keeps the tables that it replaced, with their triggers.
+_CALLING = """
+    SELECT quote_ident(tgname), tgrelid::regclass::text FROM pg_trigger
+    WHERE tgfoid = to_regprocedure(%s) ORDER BY tgrelid, tgname
+"""
 _SCHEMA = """
     SELECT nspname, pg_get_userbyid(relowner) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE pg_class.oid = 'embeddings'::regclass
@@ -75,20 +81,21 @@ _SCHEMA = """
 def set_write_triggers(url: str, *, wanted: bool) -> None:
     """Make the triggers on the tables of the store at `url`, or drop them. Safe to run again; one transaction.
 
-    Raises BusyError where a table's lock is not to be had within `lock_timeout_s`: for a moment nobody may write.
-    PermissionDeniedError: the tables are another role's.
+    Raises BusyError where the tables' locks are not to be had within `lock_timeout_s`: for a moment nobody may write,
+    nor read where triggers are dropped. PermissionDeniedError: the tables are another role's.
     """
     settings = Settings(database_url=url)
     with translated(), connect_directly(url, settings) as connection:
         require_head(connection)
         with connection.transaction():
             limit_lock_waits(connection, settings.lock_timeout_s)
-            for statement in _made(connection) if wanted else _dropped():
+            for statement in _made(connection) if wanted else _dropped(connection):
                 connection.execute(statement)
     logger.info("write_triggers.made" if wanted else "write_triggers.dropped")
 
 
 def _made(connection: Connection[Any]) -> Iterator[Composed]:
+    connection.execute(lock_in_stints(*TABLES, mode="SHARE ROW EXCLUSIVE").encode())
     [(schema, owner)] = connection.execute(_SCHEMA).fetchall()
     function = Identifier(schema, FUNCTION)
     yield _MAKE_FUNCTION.format(
@@ -110,11 +117,17 @@ def _made(connection: Connection[Any]) -> Iterator[Composed]:
             yield SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(Identifier(table), _name(event))
 
 
-def _dropped() -> Iterator[Composed]:
-    for table in TABLES:
-        for event in _ROWS:
-            yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_name(event), Identifier(table))
+def _dropped(connection: Connection[Any]) -> Iterator[Composed]:
+    if tables := sorted({table for _, table in _calling(connection)}):
+        connection.execute(lock_in_stints(*tables, mode="ACCESS EXCLUSIVE").encode())
+    for name, table in _calling(connection):  # once more: a rebuild may have exchanged the tables before the lock
+        yield SQL("DROP TRIGGER {} ON {}").format(SQL(name), SQL(table))
     yield SQL("DROP FUNCTION IF EXISTS {}()").format(Identifier(FUNCTION))
+
+
+def _calling(connection: Connection[Any]) -> list[tuple[Any, ...]]:
+    """Name and table of each trigger that calls the function, both as the server quotes them."""
+    return connection.execute(_CALLING, (f"{FUNCTION}()",)).fetchall()
 
 
 def _name(event: LiteralString) -> Identifier:

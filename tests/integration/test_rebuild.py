@@ -391,6 +391,47 @@ def test_rows_that_somebody_else_put_into_the_new_tables_stop_it(filled, setting
     assert unfinished_rebuild(admin) is None
 
 
+@pytest.mark.every_server
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("ALTER TABLE embeddings ADD COLUMN team text", "column embeddings.team"),
+        ("ALTER TABLE chunks ALTER chunk_index TYPE bigint", "column chunks.chunk_index"),
+        ("ALTER TABLE chunks ALTER text SET DEFAULT 'none'", "column chunks.text"),
+        ("CREATE INDEX CONCURRENTLY langs ON embeddings ((metadata -> 'lang'))", "index embeddings.langs"),
+        ("DROP INDEX CONCURRENTLY chunks_detached_idx", "index chunks.chunks_detached_idx"),
+        ("ALTER TABLE chunks ADD CONSTRAINT given CHECK (text <> '') NOT VALID", "constraint chunks.given"),
+        ("ALTER TABLE chunks DROP CONSTRAINT chunks_document_id_fkey", "constraint chunks.chunks_document_id_fkey"),
+    ],
+)
+def test_what_somebody_changes_about_the_tables_meanwhile_is_not_lost(filled, settings, sql, admin, statement, named):
+    changed = []
+
+    def changing(step, _details):
+        if step == "checking":
+            sql(statement)
+            changed.extend(sql(_CATALOG))
+
+    with pytest.raises(db.BusyError, match=f"were altered meanwhile: {named}; nothing was changed"):
+        rebuild(settings, RebuildPlan(on_progress=changing))
+    assert sql(_CATALOG) == changed != []
+    assert unfinished_rebuild(admin) is None
+    assert current_pause(admin) is None
+    rebuild(settings, RebuildPlan())
+    assert sql(_CATALOG) == changed
+
+
+def test_an_index_that_is_built_anew_meanwhile_is_no_change(filled, settings, sql):
+    def building(step, _details):
+        if step == "checking":
+            sql("REINDEX TABLE CONCURRENTLY embeddings")
+            sql("REINDEX TABLE CONCURRENTLY chunks")
+
+    before = sql(_CATALOG)
+    rebuild(settings, RebuildPlan(on_progress=building))
+    assert sql(_CATALOG) == before
+
+
 def test_a_rebuild_that_has_lost_its_lock_stops_writing(filled, settings, sql, embedder, monkeypatch):
     """Another one may have begun: what this one wrote from then on would be among that one's rows."""
     monkeypatch.setattr("db.rebuild._BATCH", 10)

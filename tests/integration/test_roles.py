@@ -244,6 +244,16 @@ def test_a_right_that_the_server_only_warned_about_is_not_claimed(roles, databas
     make_roles(plain, RolesPlan(roles.prefix))
 
 
+def test_a_table_in_use_is_waited_for_no_longer_than_lock_timeout(roles, database_url, monkeypatch, sql):
+    monkeypatch.setenv("VECTORKEEP_LOCK_TIMEOUT_S", "0.2")
+    before = sql(RIGHTS)
+    with psycopg.connect(database_url) as reader:
+        reader.execute("SELECT FROM embedding_models")
+        with pytest.raises(db.BusyError):
+            roles.make()
+    assert sql(RIGHTS) == before
+
+
 def test_the_printed_sql_changes_nothing_and_makes_the_same(roles, database_url, sql):
     before = sql(RIGHTS)
     planned = roles_sql(database_url, RolesPlan(roles.prefix, tenants=True))

@@ -8,6 +8,7 @@ from db.config import Settings
 from db.errors import BusyError, PermissionDeniedError
 from db.rebuild import rebuild
 from db.rebuild_plan import RebuildPlan
+from db.rollback import roll_back
 from db.transactions import MAX_TAGS
 from db.write_triggers import set_write_triggers
 from tests.integration.roles_of import roles_of
@@ -47,6 +48,11 @@ STATEMENTS = {
     "no row": ("UPDATE embeddings SET text = 'other' WHERE id = 'nobody'", set()),
     "another table": ("INSERT INTO vector_cache (key, model_id, embedding) VALUES ('k', 'm', '[1]')", set()),
 }
+
+OURS = """
+    SELECT tgname::text, tgenabled::text FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT proname, '' FROM pg_proc WHERE proname = 'vectorkeep_log_statement'
+"""
 
 
 @pytest.fixture
@@ -137,6 +143,19 @@ def test_they_stay_when_a_rebuild_makes_the_tables_again(embedding_store, databa
     assert sql("SELECT count(*) FROM write_log WHERE tags @> '{source:a}'") == [(logged[0] + 1,)]
 
 
+def test_they_are_dropped_from_the_tables_that_a_rebuild_replaced_too(
+    embedding_store, database_url, redis_url, sql, embedder
+):
+    settings = Settings(database_url=database_url, redis_url=redis_url)
+    set_write_triggers(database_url, wanted=True)
+    rebuild(settings, RebuildPlan())
+    set_write_triggers(database_url, wanted=False)
+    assert sql(OURS) == []
+    roll_back(settings)
+    assert sql(OURS) == []
+    assert embedding_store.embed_batch([{"id": "a", "text": "one two three"}]).inserted == 1
+
+
 def test_a_tenants_statement_is_logged_and_the_log_stays_closed_to_it(store, database_url, sql, triggers):
     with roles_of(database_url) as roles:
         roles.make(tenants=True)
@@ -169,18 +188,14 @@ def test_a_role_that_may_write_the_documents_and_nothing_else_is_logged(store, d
 
 
 def test_they_may_be_made_again_and_dropped_again_and_leave_nothing(database_url, sql):
-    ours = """
-        SELECT tgname::text, tgenabled::text FROM pg_trigger WHERE NOT tgisinternal
-        UNION ALL SELECT proname, '' FROM pg_proc WHERE proname = 'vectorkeep_log_statement'
-    """
     for _ in range(2):
         set_write_triggers(database_url, wanted=True)
-        made = sql(ours)
+        made = sql(OURS)
         assert len(made) == 9
         assert {enabled for _, enabled in made} == {"A", ""}
     for _ in range(2):
         set_write_triggers(database_url, wanted=False)
-        assert sql(ours) == []
+        assert sql(OURS) == []
 
 
 def test_a_writer_that_holds_the_table_is_waited_for_no_longer_than_lock_timeout(database_url, monkeypatch, sql):
