@@ -9,7 +9,7 @@ from psycopg import Connection
 from psycopg.sql import SQL, Identifier
 
 from .config import Settings
-from .errors import ValidationError
+from .errors import SchemaError, ValidationError
 from .pause import MAX_TTL_S
 from .rebuild import rebuild_session
 from .rebuild_runs import (
@@ -34,6 +34,16 @@ _LOGGED = """
     SELECT CASE WHEN EXISTS (SELECT FROM write_log WHERE id = %(swap)s)
                 THEN (SELECT count(*) FROM write_log WHERE id > %(swap)s)
                 ELSE pg_sequence_last_value(pg_get_serial_sequence('write_log', 'id')::regclass) - %(swap)s END
+"""
+# Of another name or type in one of the two, as after a migration.
+_OTHER_COLUMNS = """
+    SELECT relname || '.' || attname
+    FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+    WHERE attnum > 0 AND NOT attisdropped
+      AND attrelid IN (SELECT unnest(ARRAY[to_regclass(name), to_regclass(%(previous)s || '.' || name)])
+                       FROM unnest(%(tables)s::text[]) AS name)
+    GROUP BY relname, attname, atttypid, atttypmod HAVING count(*) < 2
+    ORDER BY 1
 """
 _WRITTEN_SINCE = """
     SELECT (SELECT count(*) FROM embeddings WHERE updated_at > %(since)s),
@@ -90,14 +100,16 @@ def roll_back(
 ) -> RollbackResult:
     """Bring back the tables that the last rebuild replaced; a rollback of a rollback undoes it.
 
-    Raises ValidationError where something was written since and `force` is False, BusyError where there is nothing to
-    bring back or the tables' locks are not to be had. The store is then as it was.
+    Raises ValidationError where something was written since and `force` is False, SchemaError where the live tables got
+    other columns since, BusyError where there is nothing to bring back or the tables' locks are not to be had. The
+    store is then as it was.
     """
     with rebuild_session(settings) as (parts, lead):
         home, owner = home_of(lead)
         clear_remains_locked(lead)
         pause = parts.pause.begin("a rebuild is rolled back", ttl_s=MAX_TTL_S)
         previous = require_previous(lead)
+        _require_equal_columns(lead)
         lost = changes_since_swap(lead, previous)
         if lost.any and not force:
             raise ValidationError(f"a rollback would lose what was written: {lost}; --force does it all the same")
@@ -119,6 +131,15 @@ def roll_back(
         finally:
             with suppress(psycopg.Error):
                 drop_schema(lead, SHADOW)
+
+
+def _require_equal_columns(connection: Connection[Any]) -> None:
+    names = {"previous": PREVIOUS, "tables": list(TABLES)}
+    if others := [name for (name,) in connection.execute(_OTHER_COLUMNS, names)]:
+        raise SchemaError(
+            f"the tables in {PREVIOUS} have other columns than the live ones: {', '.join(dict.fromkeys(others))}; "
+            "alter them alike first, or rebuild from the live tables instead"
+        )
 
 
 @dataclass

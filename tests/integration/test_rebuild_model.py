@@ -236,6 +236,17 @@ def test_a_rollback_would_lose_what_was_written_since_and_says_so(filled, settin
     assert sql("SELECT count(*) FROM embeddings WHERE id IN ('new', '00002', 'later')") == [(2,)]
 
 
+@pytest.mark.parametrize("alteration", ["ADD COLUMN team text", "ALTER COLUMN source_id TYPE varchar"])
+def test_a_rollback_does_not_take_back_what_became_of_the_columns(filled, settings, sql, alteration):
+    rebuild(settings, RebuildPlan())
+    sql(f"ALTER TABLE embeddings {alteration}")
+    with pytest.raises(db.SchemaError, match=r"other columns than the live ones: embeddings\.(team|source_id); alter"):
+        roll_back(settings, force=True)
+    assert filled.batch_upsert([{"id": "later", "text": "not paused any more"}]).inserted == 1
+    sql(f"ALTER TABLE vectorkeep_previous.embeddings {alteration}")
+    assert roll_back(settings, force=True).documents == 43
+
+
 def test_cached_answers_end_with_a_rollback(filled, settings, embedder, until):
     rebuild(settings, RebuildPlan(sources={"s1": lambda: [{"id": "00001", "text": "other words"}]}), embedder)
     query = vector_of("text number 1")
