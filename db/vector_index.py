@@ -49,12 +49,16 @@ NOT_BEING_BUILT = sql.SQL("""
     NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
                 WHERE running.datname = current_database() AND running.relid = index.indrelid)
 """)
+# Builds of other roles, of which a role without pg_read_all_stats sees the process and not the table: any invalid
+# index may be what they build.
+UNSEEN_BUILDS = "SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database() AND relid IS NULL"
 _LEFTOVERS = sql.SQL("""
     SELECT relname FROM pg_class JOIN pg_index AS index ON index.indexrelid = pg_class.oid
     WHERE NOT index.indisvalid AND index.indrelid = ANY(%s::regclass[]) AND (relname ~ %s OR relname = ANY(%s))
-      AND {not_being_built}
+      AND {not_being_built} AND NOT EXISTS ({unseen_builds})
     ORDER BY relname
-""").format(not_being_built=NOT_BEING_BUILT)
+""").format(not_being_built=NOT_BEING_BUILT, unseen_builds=sql.SQL(UNSEEN_BUILDS))
+_EXISTS = "SELECT to_regclass(%s) IS NOT NULL"
 # Rows without a vector are in no index, and yet the build reads them.
 _ROWS = sql.SQL("""
     SELECT (SELECT count(*) FROM {table} WHERE embedding IS NOT NULL), EXISTS (SELECT FROM {table})
@@ -76,9 +80,9 @@ def ensure_vector_indexes(
 ) -> list[str]:
     """Build the vector indexes that are missing or invalid, on a maintenance connection. Returns their names.
 
-    Online on a table with rows. Where the role may not, or another session holds the table for long, a warning
-    is logged and searches stay exact. Where nothing is missing no lock is taken. Raises BusyError where another
-    process builds for longer than `wait_s`.
+    Online on a table with rows. Where the role may not, or another session builds the index or holds the table for
+    long, a warning is logged and searches stay exact. Where nothing is missing no lock is taken. Raises BusyError
+    where another process builds for longer than `wait_s`.
     """
     wanting = [table for table in tables if model.indexed and not _is_valid(connection, table)]
     if not wanting:
@@ -172,6 +176,11 @@ def _is_valid(connection: Connection[Any], table: Table) -> bool:
     return bool(row and row[0])
 
 
+def _exists(connection: Connection[Any], name: str) -> bool:
+    [(exists,)] = connection.execute(_EXISTS, (name,)).fetchall()
+    return bool(exists)
+
+
 def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
     name = vector_index_name(table.name)
     started = time.perf_counter()
@@ -179,6 +188,11 @@ def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
     try:
         with _lock_timeout(connection, _CONCURRENT_WAIT_MS):
             _drop_unfinished(connection, [table])  # an interrupted build leaves an invalid index behind
+        if _exists(connection, name):  # and is no leftover: it is for whoever builds it to finish
+            logger.warning(
+                "vector_index.not_built", extra={"index": name, "reason": "another session may be building it"}
+            )
+            return False
         with _lock_timeout(connection, _CONCURRENT_WAIT_MS if filled else _LOCK_TIMEOUT_MS):
             _build(connection, table, model, rows, _create_index(table, model, concurrently=filled))
     except (pg.InsufficientPrivilege, pg.LockNotAvailable) as exc:
