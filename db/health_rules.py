@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 
-from .index_facts import PLANNED_ROWS, Facts
+from .index_facts import PLANNED_ROWS, UNSEEN, Facts
 from .models import MAX_INDEXED_DIMENSIONS, Base, vector_index
 from .types import BuildProgress, Health, Reason
 
@@ -70,10 +70,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="being-built",
         verdict="degraded",
-        when="the vector index is not valid yet, and a build of it runs",
+        when="the vector index is not valid yet, and a build of it, or one that the role may not see, runs",
         holds=lambda f: not f.valid and f.building is not None,
-        evidence="the vector index is being built by process {building.pid}, {progress}; until then searches "
-        "compare all rows",
+        evidence="the vector index is {building_told}; until then searches compare all rows",
         command="vectorkeep stats",
         sql="SELECT phase, blocks_done, blocks_total FROM pg_stat_progress_create_index",
     ),
@@ -255,7 +254,7 @@ class _Told(dict[str, Any]):
             dead=facts.dead_share,
             needless=", ".join(facts.duplicates),
             wanted_mb=round(1.5 * megabytes),
-            progress=_shown(building) if building else "",
+            building_told=_shown(building) if building else "",
         )
         self._facts = facts
 
@@ -271,9 +270,11 @@ def _create_index(facts: Facts) -> str:
 
 
 def _shown(building: BuildProgress) -> str:
+    if building.phase == UNSEEN:
+        return f"invalid, and process {building.pid} builds an index that this role may not see, perhaps this one"
     percent = "" if building.percent is None else f", {building.percent:g} %"
     eta = "" if building.eta_s is None else f", about {building.eta_s:.0f} s to go"
-    return f"{building.phase}{percent}{eta}"
+    return f"being built by process {building.pid}, {building.phase}{percent}{eta}"
 
 
 def _unreachable_share(facts: Facts) -> float:

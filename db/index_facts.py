@@ -23,6 +23,8 @@ T = TypeVar("T")
 UNUSED_AFTER = timedelta(days=7)
 # Fewer vectors than this the planner may well compare rather than walk the index.
 PLANNED_ROWS = 10_000
+# The phase of a build of which the role may see no more than its process.
+UNSEEN = "not told"
 # Of fewer pages asked for, the share that was found in memory says nothing.
 _ENOUGH_PAGES = 10_000
 
@@ -52,15 +54,20 @@ _SERVER = """
 _BUILT = """
     SELECT rows, size_bytes, changes, created_at FROM index_builds WHERE index_name = %(index)s ORDER BY id DESC LIMIT 1
 """
-# A rebuild makes a copy of another name; where the copy cannot be seen yet, its statement names it.
+# A rebuild makes a copy of another name; where the copy cannot be seen yet, its statement names it. What a role
+# without pg_read_all_stats may not see of another's build is NULL: while the index is invalid it may be that one.
 _BUILDING = """
     SELECT progress.phase, coalesce(progress.blocks_done, 0), coalesce(progress.blocks_total, 0),
            extract(epoch FROM clock_timestamp() - activity.query_start)::float8, progress.pid
     FROM pg_stat_progress_create_index AS progress JOIN pg_stat_activity AS activity USING (pid)
     LEFT JOIN pg_class AS class ON class.oid = progress.index_relid
-    WHERE progress.datname = current_database() AND progress.relid = to_regclass(%(table)s)
-      AND position(%(index)s IN coalesce(class.relname, activity.query)) > 0
-    LIMIT 1
+    WHERE progress.datname = current_database()
+      AND (progress.relid = to_regclass(%(table)s)
+               AND position(%(index)s IN coalesce(class.relname, activity.query)) > 0
+           OR progress.relid IS NULL
+               AND EXISTS (SELECT FROM pg_index JOIN pg_class AS invalid ON invalid.oid = indexrelid
+                           WHERE indrelid = to_regclass(%(table)s) AND relname = %(index)s AND NOT indisvalid))
+    ORDER BY progress.relid LIMIT 1
 """
 # Ours, the unique ones and the older ones are kept; another of the same kind over the same keys is needless. What is
 # not valid may be under construction; if not, it is no duplicate but broken.
@@ -238,14 +245,17 @@ def _permitted(fetch: Callable[[], T]) -> T | None:
 
 
 def build_progress(connection: Connection[Any], table: str) -> BuildProgress | None:
-    """How far the build of the vector index of `table` is that runs now; None where none runs."""
+    """How far the build of the vector index of `table` is that runs now; None where none runs.
+
+    Its phase is UNSEEN where another role builds, and this one may not see what: it may be another index.
+    """
     row = connection.execute(_BUILDING, {"table": table, "index": vector_index_name(table)}).fetchone()
     if row is None:
         return None
     phase, done, total, elapsed_s, pid = row
     share = done / total if total else 0.0
     eta_s = elapsed_s * (1 - share) / share if share and elapsed_s is not None else None
-    return BuildProgress(phase or "not told", round(100 * share, 1) if total else None, eta_s, pid)
+    return BuildProgress(phase or UNSEEN, round(100 * share, 1) if total else None, eta_s, pid)
 
 
 def _is_planned(connection: Connection[Any], model: Model, level: Level, *, generic: bool) -> bool:

@@ -132,8 +132,9 @@ def _inspected(run: Run) -> list[IndexReport]:
 
 
 def _tidy(run: Run) -> None:
-    """Drop what an interrupted build left; where that is not to be had at once, the next run or the doctor does."""
-    if run.interruption.reason is None or run.plan.dry_run or run.connection.closed:
+    """Drop what a build left that was stopped or failed; what is held then is left to the next run or the doctor."""
+    ended_well = run.interruption.reason is None and not any(step.outcome == "failed" for step in run.steps)
+    if ended_well or run.plan.dry_run or run.connection.closed:
         return
     with suppress(psycopg.Error, BusyError):
         drop_leftovers(run.connection, wait_ms=_TIDY_WAIT_MS)

@@ -203,7 +203,7 @@ class _Rebuild:
         Returns how many documents that added.
         """
         assert self.embedder is not None
-        embedder = replace(self.embedder, database=shadow)
+        embedder = TextEmbedder(shadow, self.embedder.embedder, self.embedder.chunker)
         if not self.plan.new_model:
             warm_vector_cache(self.lead, list(self.plan.sources), embedder.model_id, embedder.embedder.dimensions)
         ingestion = Ingestion(shadow, _model_in(shadow), lambda _write: None)

@@ -182,7 +182,10 @@ class SearchResult(Sequence[Hit]):
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """An index build that runs now. percent and eta_s are of its present phase, None where that is unknown."""
+    """An index build that runs now. percent and eta_s are of its present phase, None where that is unknown.
+
+    phase: "not told" of a build that the role may not see; it may be of another index.
+    """
 
     phase: str
     percent: float | None

@@ -49,13 +49,20 @@ NOT_BEING_BUILT = sql.SQL("""
     NOT EXISTS (SELECT FROM pg_stat_progress_create_index AS running
                 WHERE running.datname = current_database() AND running.relid = index.indrelid)
 """)
+# Builds of other roles, of which a role without pg_read_all_stats sees the process and not the table: any invalid
+# index may be what they build.
+UNSEEN_BUILDS = "SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database() AND relid IS NULL"
 _LEFTOVERS = sql.SQL("""
     SELECT relname FROM pg_class JOIN pg_index AS index ON index.indexrelid = pg_class.oid
     WHERE NOT index.indisvalid AND index.indrelid = ANY(%s::regclass[]) AND (relname ~ %s OR relname = ANY(%s))
-      AND {not_being_built}
+      AND {not_being_built} AND NOT EXISTS ({unseen_builds})
     ORDER BY relname
-""").format(not_being_built=NOT_BEING_BUILT)
-_COUNT_VECTORS = sql.SQL("SELECT count(*) FROM {} WHERE embedding IS NOT NULL")
+""").format(not_being_built=NOT_BEING_BUILT, unseen_builds=sql.SQL(UNSEEN_BUILDS))
+_EXISTS = "SELECT to_regclass(%s) IS NOT NULL"
+# Rows without a vector are in no index, and yet the build reads them.
+_ROWS = sql.SQL("""
+    SELECT (SELECT count(*) FROM {table} WHERE embedding IS NOT NULL), EXISTS (SELECT FROM {table})
+""")
 _RECORD_BUILD = """
     INSERT INTO index_builds (index_name, table_name, rows, size_bytes, duration_ms, changes)
     SELECT %(index)s, %(table)s, %(rows)s, pg_relation_size(to_regclass(%(index)s)), %(duration_ms)s,
@@ -73,9 +80,9 @@ def ensure_vector_indexes(
 ) -> list[str]:
     """Build the vector indexes that are missing or invalid, on a maintenance connection. Returns their names.
 
-    Online on a table with rows. Where the role may not, or another session holds the table for long, a warning
-    is logged and searches stay exact. Where nothing is missing no lock is taken. Raises BusyError where another
-    process builds for longer than `wait_s`.
+    Online on a table with rows. Where the role may not, or another session builds the index or holds the table for
+    long, a warning is logged and searches stay exact. Where nothing is missing no lock is taken. Raises BusyError
+    where another process builds for longer than `wait_s`.
     """
     wanting = [table for table in tables if model.indexed and not _is_valid(connection, table)]
     if not wanting:
@@ -97,44 +104,34 @@ def drop_vector_indexes(connection: Connection[Any], tables: Iterable[Table]) ->
 def rebuild_vector_index(
     connection: Connection[Any], model: Model, table: Table, rows: int, *, wait_s: float = _BUILDER_WAIT_S
 ) -> None:
-    """REINDEX online; an interrupted one leaves an invalid copy, see `drop_leftovers`.
+    """REINDEX online; one that is interrupted or fails leaves an invalid copy, see `drop_leftovers`.
 
     Raises BusyError where another process builds for longer than `wait_s`.
     """
     name = vector_index_name(table.name)
     with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=wait_s):
         started = time.perf_counter()
-        with _lock_timeout(connection, _CONCURRENT_WAIT_MS), _build_memory(connection, model, rows):
-            connection.execute(sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name)))
+        with _lock_timeout(connection, _CONCURRENT_WAIT_MS):
+            statement = sql.SQL("REINDEX INDEX CONCURRENTLY {}").format(sql.Identifier(name))
+            _build(connection, table, model, rows, statement)
         _record(connection, table, rows, started)
 
 
 def leftovers(connection: Connection[Any]) -> list[str]:
     """Invalid indexes that interrupted builds left: they serve nobody and slow every write."""
-    tables = [table.name for table in INDEXED_TABLES]
-    names = [vector_index_name(table) for table in tables]
-    return [name for (name,) in connection.execute(_LEFTOVERS, (tables, REINDEX_LEFTOVER, names)).fetchall()]
+    return _leftovers_of(connection, INDEXED_TABLES)
 
 
 def drop_leftovers(connection: Connection[Any], *, wait_ms: int = _CONCURRENT_WAIT_MS) -> list[str]:
     """Drop them, online. Returns their names. Raises BusyError where another process of ours builds."""
     with advisory_lock(connection, Purpose.INDEX_BUILD, wait_s=0), _lock_timeout(connection, wait_ms):
-        names = leftovers(connection)
-        for name in names:
-            connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
-    return names
+        return _drop_unfinished(connection, INDEXED_TABLES)
 
 
 def build_unused_index(connection: Connection[Any], table: Table, model: Model, rows: int) -> None:
     """Build the vector index of a table that nobody uses yet, and drop nothing that has its name elsewhere."""
     started = time.perf_counter()
-    statement = _create_index(table, model, concurrently=False).encode()
-    with _build_memory(connection, model, rows), _spill_notices(connection, model, rows):
-        try:
-            connection.execute(statement)
-        except pg.DiskFull:  # of shared memory, as in `_build`
-            connection.execute("SET max_parallel_maintenance_workers = 0")
-            connection.execute(statement)
+    _build(connection, table, model, rows, _create_index(table, model, concurrently=False))
     _record(connection, table, rows, started)
 
 
@@ -153,10 +150,18 @@ def _drop(connection: Connection[Any], name: str) -> None:
         connection.execute(statement)
 
 
-def _drop_unfinished(connection: Connection[Any], name: str) -> None:
-    """Drop an index that serves nobody: nobody queues behind that."""
-    with _lock_timeout(connection, _CONCURRENT_WAIT_MS):
+def _leftovers_of(connection: Connection[Any], tables: Iterable[Table]) -> list[str]:
+    names = [table.name for table in tables]
+    indexes = [vector_index_name(name) for name in names]
+    return [name for (name,) in connection.execute(_LEFTOVERS, (names, REINDEX_LEFTOVER, indexes)).fetchall()]
+
+
+def _drop_unfinished(connection: Connection[Any], tables: Iterable[Table]) -> list[str]:
+    """Drop what builds of the indexes of `tables` left: it serves nobody, and nobody queues behind that."""
+    names = _leftovers_of(connection, tables)
+    for name in names:
         connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
+    return names
 
 
 def _record(connection: Connection[Any], table: Table, rows: int, started: float) -> None:
@@ -171,45 +176,55 @@ def _is_valid(connection: Connection[Any], table: Table) -> bool:
     return bool(row and row[0])
 
 
+def _exists(connection: Connection[Any], name: str) -> bool:
+    [(exists,)] = connection.execute(_EXISTS, (name,)).fetchall()
+    return bool(exists)
+
+
 def _try_build(connection: Connection[Any], table: Table, model: Model) -> bool:
     name = vector_index_name(table.name)
     started = time.perf_counter()
-    [(rows,)] = connection.execute(_COUNT_VECTORS.format(sql.Identifier(table.name))).fetchall()
+    [(rows, filled)] = connection.execute(_ROWS.format(table=sql.Identifier(table.name))).fetchall()
     try:
-        _drop_unfinished(connection, name)  # an interrupted build leaves an invalid index behind
-        with _lock_timeout(connection, _CONCURRENT_WAIT_MS if rows else _LOCK_TIMEOUT_MS):
-            _build(connection, table, model, rows)
+        with _lock_timeout(connection, _CONCURRENT_WAIT_MS):
+            _drop_unfinished(connection, [table])  # an interrupted build leaves an invalid index behind
+        if _exists(connection, name):  # and is no leftover: it is for whoever builds it to finish
+            logger.warning(
+                "vector_index.not_built", extra={"index": name, "reason": "another session may be building it"}
+            )
+            return False
+        with _lock_timeout(connection, _CONCURRENT_WAIT_MS if filled else _LOCK_TIMEOUT_MS):
+            _build(connection, table, model, rows, _create_index(table, model, concurrently=filled))
     except (pg.InsufficientPrivilege, pg.LockNotAvailable) as exc:
-        _drop_leftover(connection, name)
+        _drop_leftover(connection, table)
         logger.warning("vector_index.not_built", extra={"index": name, "reason": str(exc).strip()})
         return False
     except pg.DataError:  # a row that the index cannot take: what was begun would only be in the way
-        _drop_leftover(connection, name)
+        _drop_leftover(connection, table)
         raise
     _record(connection, table, rows, started)
     return True
 
 
-def _build(connection: Connection[Any], table: Table, model: Model, rows: int) -> None:
-    statement = _create_index(table, model, concurrently=rows > 0)
-    name = vector_index_name(table.name)
-    with _build_memory(connection, model, rows):
+def _build(
+    connection: Connection[Any], table: Table, model: Model, rows: int, statement: sql.SQL | sql.Composed
+) -> None:
+    """Execute `statement`, which builds the vector index of `table`, with the memory that `rows` vectors need."""
+    with _build_memory(connection, model, rows), _spill_notices(connection, model, rows):
         try:
-            with _spill_notices(connection, model, rows):
-                connection.execute(statement.encode())
+            connection.execute(statement)
         except pg.DiskFull:
             # A parallel build keeps the graph in shared memory, which containers limit to 64 MB.
-            _drop_unfinished(connection, name)
+            _drop_unfinished(connection, [table])
             connection.execute("SET max_parallel_maintenance_workers = 0")
-            with _spill_notices(connection, model, rows):
-                connection.execute(statement.encode())
+            connection.execute(statement)
 
 
-def _create_index(table: Table, model: Model, *, concurrently: bool) -> str:
+def _create_index(table: Table, model: Model, *, concurrently: bool) -> sql.SQL:
     """CREATE INDEX of the vector index: CONCURRENTLY, but for an empty table, where it is instant."""
     index = vector_index(table, model.dimensions, model.distance)
     index.dialect_options["postgresql"]["concurrently"] = concurrently
-    return str(CreateIndex(index).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+    return sql.SQL(str(CreateIndex(index).compile(dialect=postgresql.dialect())))  # type: ignore[no-untyped-call]
 
 
 def build_memory_mb(model: Model, rows: int) -> int:
@@ -264,9 +279,8 @@ def _lock_timeout(connection: Connection[Any], timeout_ms: int = _LOCK_TIMEOUT_M
             connection.execute("RESET lock_timeout")
 
 
-def _drop_leftover(connection: Connection[Any], name: str) -> None:
-    row = connection.execute(_IS_VALID, (name,)).fetchone()
-    if row and not row[0]:
+def _drop_leftover(connection: Connection[Any], table: Table) -> None:
+    for name in _leftovers_of(connection, [table]):
         try:
             _drop(connection, name)
         except psycopg.Error as exc:

@@ -15,7 +15,7 @@ from ..errors import BusyError, PermissionDeniedError
 from ..index_health import inspect_indexes
 from ..locks import Purpose, advisory_lock, other_holders
 from ..models import Base, vector_index_name
-from ..vector_index import INDEXED_TABLES, NOT_BEING_BUILT, REINDEX_LEFTOVER, ensure_vector_indexes
+from ..vector_index import INDEXED_TABLES, NOT_BEING_BUILT, REINDEX_LEFTOVER, UNSEEN_BUILDS, ensure_vector_indexes
 from .base import Examination, Found, Needs, check, fail, ok, warn
 from .schema import our_tables
 
@@ -32,8 +32,6 @@ _INVALID = sql.SQL("""
       AND {not_being_built}
     ORDER BY 1
 """).format(not_being_built=NOT_BEING_BUILT)
-# Builds of other roles, of which a role without pg_read_all_stats sees the process and not the table.
-_UNSEEN = "SELECT pid FROM pg_stat_progress_create_index WHERE datname = current_database() AND relid IS NULL"
 _BUILDING = """
     SELECT index_relid::regclass::text, phase, pid,
            round(100.0 * coalesce(nullif(blocks_done, 0), tuples_done)
@@ -56,7 +54,7 @@ _VECTORS = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)")
 def invalid_indexes(examination: Examination) -> Iterator[Found]:
     for name, phase, pid, percent in examination.rows(_BUILDING, our_tables()):
         yield ok(f"{name} is being built by process {pid}: {phase}, {percent or 0:.0f} %")
-    unseen = [pid for (pid,) in examination.rows(_UNSEEN)]
+    unseen = [pid for (pid,) in examination.rows(UNSEEN_BUILDS)]
     for name, shown, table in examination.connection.execute(_INVALID, (our_tables(),)).fetchall():
         if unseen:
             yield warn(
@@ -191,7 +189,7 @@ def _require_invalid(connection: Connection[Any], name: str) -> None:
     invalid = {found for found, *_ in connection.execute(_INVALID, (our_tables(),)).fetchall()}
     if name not in invalid:
         raise BusyError(f"{name} is no longer invalid, or somebody builds it now")
-    for (pid,) in connection.execute(_UNSEEN).fetchall():
+    for (pid,) in connection.execute(UNSEEN_BUILDS).fetchall():
         raise BusyError(f"process {pid} builds an index that this role is not permitted to see; it may be {name}")
 
 

@@ -88,6 +88,19 @@ def test_an_event_stops_it_at_once_and_no_invalid_index_stays(stale, held, sql, 
     assert outcomes(stale.maintain(skip_cleanup=True))["rebuild stale indexes"] == "done"
 
 
+def test_a_rebuild_that_fails_leaves_no_invalid_index_either(stale, sql):
+    """Until the next run every write would pay for two indexes."""
+    ready = "UPDATE pg_index SET indisready = %s WHERE indexrelid = 'embeddings_vector_idx'::regclass"
+    sql(ready, False)  # lets a row in that no build can take
+    sql("INSERT INTO embeddings (id, text, embedding) VALUES ('short', 't', '[1,2,3]')")
+    sql(ready, True)
+    result = stale.maintain(skip_cleanup=True, skip_compaction=True)
+    [told] = [s for s in result.steps if s.name == "rebuild stale indexes"]
+    assert (told.outcome, "expected 8 dimensions, not 3" in told.details) == ("failed", True)
+    assert sql(INVALID) == []
+    assert sql("SELECT indisvalid FROM pg_index WHERE indexrelid = 'embeddings_vector_idx'::regclass") == [(True,)]
+
+
 def test_what_a_killed_rebuild_left_is_dropped_by_the_next_run(stale, held, sql, until):
     thread, results = in_background(lambda: stale.maintain(skip_cleanup=True, skip_compaction=True))
     until(lambda: sql(REINDEXING) == [(1,)] and sql(INVALID))

@@ -184,6 +184,12 @@ def test_a_source_may_be_read_again_by_the_new_model(filled, settings, sql):
     of_source = [item for item in items(40) if item["source_id"] == "s1"][:3]
     result = rebuild(settings, RebuildPlan(sources={"s1": lambda: of_source}, new_model=True), other)
     assert (result.ingested, result.copied) == (3, 43 - 13)
+    # Each text is counted once: embedded where the model was asked for it, spared where it had been asked before.
+    assert result.embedded == len(other.asked) == len(set(other.asked))
+    again = Other()
+    result = rebuild(settings, RebuildPlan(sources={"s1": lambda: of_source}, new_model=True), again)
+    assert (result.embedded, result.cache_hits) == (0, len(set(other.asked)))
+    assert again.asked == []
     assert sql("SELECT DISTINCT model_id FROM embeddings WHERE embedding IS NOT NULL") == [("other",)]
 
 
