@@ -170,7 +170,8 @@ def test_a_load_whose_idle_session_is_ended_loses_nothing_and_builds_through_ano
 ):
     def given():
         yield from documents(MANY)
-        sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'vectorkeep maintenance'")
+        idle = "application_name = 'vectorkeep maintenance' AND datname = current_database()"
+        assert sql(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {idle}") == [(True,)]
         yield from documents(10, "late")
 
     assert registered.batch_upsert(given(), bulk=bulk).inserted == MANY + 10
