@@ -34,7 +34,7 @@ def test_nothing_is_lost_stale_or_half_under_faults():
 
 def broken(seed, *mutations, **options):
     """The report of a library with `mutations`: of the first round that shows them."""
-    report = run(seed, 60, round_s=4, mutations=mutations, **options)
+    report = run(seed, 120, round_s=4, mutations=mutations, **options)
     assert not report.ok
     return report.findings
 

@@ -208,9 +208,10 @@ def kill_redis(world):
 
 @fault("redis", "stopped")
 def stop_redis(world):
+    """For 1 to 30 s, evenly on a logarithmic scale: half of them outlast a rest of the circuit breaker."""
     pid = world.servers.valkey.pid()
     with _undone(lambda number: os.kill(pid, number), signal.SIGSTOP, signal.SIGCONT):
-        world.pause(1, 5)
+        time.sleep(30 ** world.rng.random())
 
 
 @fault("redis", "unreachable for the writers only")
