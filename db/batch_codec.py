@@ -23,13 +23,15 @@ class BatchCodec:
         """values: the vectors that `encode` will be asked for, in this order; others may come too."""
         self._model = model
         self._registered = model.registered
+        # Asked for with every vector, and a registered model's does not change.
+        self._model_id = self._registered.model_id if self._registered else None
         self._values = iter(values if self._registered else ())
         self._plain: list[NDArray[np.float32]] = []
         self._encoded: dict[int, bytes] = {}
 
     @property
     def model_id(self) -> str:
-        return self._model.model_id
+        return self._model_id or self._model.model_id
 
     def encode(self, value: Any) -> bytes:
         """`value` checked against the model, in binary form. Raises ValidationError."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 from .documents import part_of
-from .types import Item, Progress
+from .types import Document, Item, Progress
 from .upsert import Outcome
 
 logger = logging.getLogger("vectorkeep")
@@ -104,9 +104,12 @@ def batches(inputs: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _characters(given: Any) -> int:
     """How much text an input brings, with its chunks; 0 for what is no input at all. Asked for every input: fast."""
+    kind = type(given)
+    if (kind is Item or (kind is Document and given.chunks is None)) and type(given.text) is str:
+        return len(given.text)  # nearly every one
     text = part_of(given, "text")
     characters = len(text) if isinstance(text, str) else 0
-    chunks = None if type(given) is Item else part_of(given, "chunks")
+    chunks = part_of(given, "chunks")
     if isinstance(chunks, list | tuple) and chunks:
         texts = (part_of(chunk, "text") for chunk in chunks)
         characters += sum(len(text) for text in texts if isinstance(text, str))
