@@ -68,9 +68,11 @@ def _why_due(connection: Connection[Any], model: Model, level: Level, settings: 
     enough = last.recommended_ef_search
     if last.recall < last.target and enough is not None and (model.ef_search is None or model.ef_search < enough):
         return f"it was {last.recall:.3f} with ef_search {last.ef_search}, below the target of {last.target:g}"
-    changed = abs(rows - last.rows)
-    if changes is not None and last.changes is not None:
-        changed = max(changed, changes - max(last.changes, last.rows))  # what sessions told late is no change
+    # Sessions tell late what they wrote: it is no change, and after an ANALYZE the server counts those rows twice.
+    if changes is None or last.changes is None or changes < last.changes:  # the counters began anew
+        changed = abs(rows - last.rows)
+    else:
+        changed = changes - max(last.changes, last.rows)
     share = changed / max(1, last.rows)
     return f"{share:.0%} of the rows have changed since it was measured" if share > CHANGED_SHARE else ""
 

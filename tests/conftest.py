@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psycopg
 import pytest
 import redis
 from psycopg import sql
@@ -31,7 +32,6 @@ from tests.servers import (
     Servers,
     database_at,
     docker_answers,
-    execute,
     make_servers,
     with_redis_database,
 )
@@ -164,25 +164,31 @@ MakeDatabase = Callable[[str | None], str]
 _numbers = itertools.count(1)
 
 
+@pytest.fixture(scope="session")
+def admin_session(postgres_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """One connection for all databases that are made and dropped: thousands of them would take a minute."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        yield connection
+
+
 @pytest.fixture
-def make_database(postgres_url: str) -> Iterator[MakeDatabase]:
+def make_database(postgres_url: str, admin_session: psycopg.Connection[Any]) -> Iterator[MakeDatabase]:
     """Make a database, empty or a copy of the given one, dropped after the test. Returns its URL."""
     made: list[str] = []
 
     def make(template: str | None = None) -> str:
         name = f"vk_{os.getpid()}_{next(_numbers)}"
-        execute(
-            postgres_url,
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+        admin_session.execute(  # half the time of writing each block of it to the log of changes
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
                 sql.Identifier(name), sql.Identifier(template or "template1")
-            ),
+            )
         )
         made.append(name)
         return database_at(postgres_url, name)
 
     yield make
     for name in made:
-        execute(postgres_url, sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        admin_session.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture

@@ -199,6 +199,22 @@ def test_what_is_tuned_high_enough_is_not_measured_again_for_a_setting_that_is_t
     assert ("documents" in found) == due
 
 
+@pytest.mark.parametrize("counters", ["go on", "begin anew"])
+@pytest.mark.parametrize(("more", "why"), [(500, None), (700, "23% of the rows have changed since it was measured")])
+def test_it_is_measured_again_where_much_has_changed(filled, sql, until, counters, more, why):
+    filled.measure_recall(sample=20)
+    sql("UPDATE recall_measurements SET recall = 1")
+    if counters == "begin anew":
+        sql("SELECT pg_stat_reset()")
+    before = counted(filled, sql)
+    filled.batch_upsert(documents(unit_rows(more, seed=4), prefix="e"))
+    until(lambda: counted(filled, sql) == before + more)
+    sql("ANALYZE embeddings")
+    with filled._parts.database.maintenance() as connection:
+        found = tuning_due(connection, active_model(connection), filled.settings)
+    assert found.get("documents") == why
+
+
 def spied(function, used):
     def call(connection, query, rows):
         used.append(query.ef_search)
@@ -226,12 +242,21 @@ def test_where_no_ef_search_meets_the_target_what_was_tuned_stays(texts_store, t
 
 
 @pytest.fixture
-def filled(store, sql):
+def filled(store, sql, until):
     """3,000 random vectors under an index that was built over them."""
     with store.bulk_load():
         store.batch_upsert(documents(unit_rows(3000)))
     sql("ANALYZE embeddings")
+    until(lambda: counted(store, sql) == 3000)
     return store
+
+
+def counted(store, sql):
+    """Rows that the server knows to be inserted: a session that is idle tells what it counted late."""
+    with store.pool.connection() as connection:
+        connection.execute("SELECT pg_stat_force_next_flush()")
+    [(rows,)] = sql("SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = 'embeddings'")
+    return rows
 
 
 def index_scans(sql, name):
