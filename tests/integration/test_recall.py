@@ -130,11 +130,11 @@ def as_asked(questions):
 
 def test_searches_are_tuned_to_the_target_and_new_stores_use_it(texts_store, texts_url, texts, monkeypatch, capsys):
     stored, asked = texts
-    ask(texts_url, asked[:100])
-    before = texts_store.measure_recall(sample=100, ef_search=10)
+    ask(texts_url, asked[:60])
+    before = texts_store.measure_recall(sample=60, ef_search=10)
     with texts_store._parts.database.maintenance() as connection:
         model, settings = texts_store.model, texts_store.settings
-        tuning = tune_ef_search(connection, model, settings, sample=120)
+        tuning = tune_ef_search(connection, model, settings, sample=60)
         [row] = connection.execute("SELECT ef_search, ef_search_reason FROM embedding_models").fetchall()
     assert row == (tuning.ef_search, tuning.reason)
     assert before.recall < 0.99
@@ -143,7 +143,7 @@ def test_searches_are_tuned_to_the_target_and_new_stores_use_it(texts_store, tex
     # The default of 100 may be the right one already: then nothing new is there to be confirmed.
     confirmed = next(iter(tuning.confirmed.values()), tuning.reports["documents"])
     assert confirmed.ef_search == tuning.ef_search
-    questions = [(vector, None) for vector in asked[150:]]
+    questions = [(vector, None) for vector in asked[150:210]]
     truth = [numpys_recall(texts_store, stored, questions, ef) for ef in (10, tuning.ef_search)]
     assert truth[0] < truth[1]
     with capsys.disabled():
