@@ -11,19 +11,16 @@ from psycopg import Connection, sql
 from . import vectors
 from .embedding_model import Model
 from .filters import Filter
+from .page_sample import page_samples
 from .query_samples import newest_queries
 from .search import TABLE_OF, rows_of
 from .types import Level
 
-# Rows of one page were written together: from this many pages for each row that is wanted, few share one.
-_PAGES_PER_ROW = 8
-
 _HAS_VECTORS = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE embedding IS NOT NULL)")
-_PAGES = "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::bigint"
 # The vectors are read for the rows that were picked only.
 _PICK = sql.SQL("""
     WITH picked AS MATERIALIZED (
-        SELECT target.id FROM {source}
+        SELECT target.id FROM {source} {part}
         WHERE target.embedding IS NOT NULL AND {condition}
         ORDER BY random() LIMIT %s)
     SELECT stored.id, vector_send(stored.embedding) FROM picked JOIN {table} AS stored USING (id)
@@ -69,15 +66,13 @@ def choose_questions(connection: Connection[Any], model: Model, level: Level, fi
 def _pick_rows(connection: Connection[Any], model: Model, level: Level, filters: Filter, count: int) -> list[Question]:
     """Rows with a vector, each as likely as any other but for those that share a page of a large table."""
     source, condition = rows_of(level, filters, opaque=False)
-    [(pages,)] = connection.execute(_PAGES, (TABLE_OF[level],)).fetchall()
-    sources = [source]
-    if filters == Filter() and pages > 2 * _PAGES_PER_ROW * count:
-        percent = sql.Literal(100.0 * _PAGES_PER_ROW * count / pages)
-        sources.insert(0, sql.SQL("{} TABLESAMPLE SYSTEM ({})").format(source, percent))
+    everywhere: list[sql.Composable] = [sql.SQL("")]
+    parts = page_samples(connection, TABLE_OF[level], count) if filters == Filter() else everywhere
     rows: list[Any] = []
-    for source in sources:  # a table that is mostly empty pages is read whole after all
+    for part in parts:
         statement = _PICK.format(
             source=source,
+            part=part,
             condition=condition.sql,
             table=sql.Identifier(TABLE_OF[level]),
             dimensions=sql.Literal(model.dimensions),

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 from psycopg import Connection
-from psycopg.sql import SQL, Composable, Identifier, Literal
+from psycopg.sql import SQL, Identifier
 
 from . import vectors
 from .embedding_model import Model
 from .errors import UnavailableError, ValidationError
 from .filters import Filter
+from .page_sample import page_samples
 from .recall import RecallRequest, measure_recall
 from .recall_sample import has_vectors
 from .search import Query, Searcher
@@ -22,11 +23,7 @@ _SAMPLE = 100
 _DEADLINE_S = 30.0
 _LEVELS: tuple[Level, ...] = ("documents", "chunks")
 
-# Rows of one page were written together: from this many pages for each row that is wanted, few share one.
-_PAGES_PER_ROW = 8
-
 # None of these but the last reads a vector: mostly they lie outside the row, in pages that are many times the table's.
-_PAGES = "SELECT pg_relation_size(to_regclass(%s)) / current_setting('block_size')::bigint"
 _PICKED = "SELECT id FROM {} {} WHERE embedding IS NOT NULL ORDER BY md5(id) LIMIT %s"
 _OF_IDS = "SELECT id, vector_send(embedding) FROM {} WHERE id = ANY (%s) AND embedding IS NOT NULL"
 
@@ -85,13 +82,8 @@ def _sample(side: Side, level: Level) -> dict[str, Any]:
 def _picked(side: Side, level: Level) -> list[str]:
     """The ids of at most _SAMPLE rows with a vector, of a large table out of a part of its pages."""
     table = _table(level)
-    [(pages,)] = side.connection.execute(_PAGES, (table,)).fetchall()
-    parts: list[Composable] = [SQL("")]  # a table that is mostly empty pages is looked through after all
-    if pages > 2 * _PAGES_PER_ROW * _SAMPLE:
-        percent = Literal(100.0 * _PAGES_PER_ROW * _SAMPLE / pages)
-        parts.insert(0, SQL("TABLESAMPLE SYSTEM ({}) REPEATABLE (0)").format(percent))
     ids: list[str] = []
-    for part in parts:
+    for part in page_samples(side.connection, table, _SAMPLE, repeatable=True):
         rows = side.connection.execute(SQL(_PICKED).format(Identifier(table), part), (_SAMPLE,))
         ids = [id_ for (id_,) in rows]
         if len(ids) == _SAMPLE:

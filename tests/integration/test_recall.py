@@ -11,8 +11,9 @@ import db
 from db import recall as recall_module
 from db import search as search_module
 from db.filters import Filter
+from db.page_sample import page_samples
 from db.recall import RecallRequest, measure_recall
-from db.recall_sample import Questions
+from db.recall_sample import Questions, choose_questions
 from db.registry import active_model
 from db.search import Query, Searcher
 from db.tuning import tune_ef_search, tuning_due
@@ -197,6 +198,19 @@ def test_what_is_tuned_high_enough_is_not_measured_again_for_a_setting_that_is_t
     with filled._parts.database.maintenance() as connection:
         found = tuning_due(connection, active_model(connection), filled.settings)
     assert ("documents" in found) == due
+
+
+def test_a_few_rows_are_picked_out_of_a_part_of_the_pages(filled):
+    with filled._parts.database.maintenance() as connection:
+        part, whole = page_samples(connection, "embeddings", 2)
+        of_part, of_whole = (
+            connection.execute(compose.SQL("SELECT count(*) FROM embeddings {}").format(clause)).fetchone()[0]
+            for clause in (part, whole)
+        )
+        assert of_part < of_whole == 3000
+        for rows in (2, 500):  # a part of it would do, all of it is read
+            chosen = choose_questions(connection, active_model(connection), "documents", Filter(), rows)
+            assert len({question.row_id for question in chosen.asked}) == rows
 
 
 @pytest.mark.parametrize("counters", ["go on", "begin anew"])
