@@ -179,7 +179,7 @@ def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
             f"{name} returned NaN or an infinity for {int((~finite).sum())} of {len(texts)} texts, "
             f"first for number {bad}: {texts[bad][:60]!r}"
         )
-    return np.ascontiguousarray(vectors)
+    return np.array(vectors, order="C")  # a copy: the embedder may use its buffer again for the next texts
 
 
 def _as_float32(returned: Any, model_id: str) -> NDArray[np.float32]:

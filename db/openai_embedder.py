@@ -3,24 +3,28 @@
 import random
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import orjson
-import stamina
+import tenacity
 from numpy.typing import NDArray
 from pydantic import SecretStr
 
-from .errors import DimensionError, UnavailableError, ValidationError
+from .errors import ClosedError, DimensionError, UnavailableError, ValidationError
 
 _SHOWN_CHARACTERS = 500
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 20.0
+# Not stamina, which builds on this: its waits cannot be ended.
+_backoff = tenacity.wait_exponential(_FIRST_WAIT_S, max=_LONGEST_WAIT_S) + tenacity.wait_random(0, 1)
 
 
 class OpenAIEmbedder:
@@ -49,7 +53,7 @@ class OpenAIEmbedder:
         batch_size: texts in a request. max_concurrency: requests at a time, of all threads together.
         timeout_s: for connecting, and for each wait for data.
         attempts, retry_for_s: a request that fails for a passing reason is tried so many times, and not again
-        after so many seconds; a server that asks to wait longer than those is not waited for.
+        after so many seconds; a wait that would end later than that, such as a server asks for, is not begun.
 
         Raises ValidationError for a bad argument or where the extra is not installed.
         """
@@ -66,6 +70,7 @@ class OpenAIEmbedder:
         self._threads = ThreadPoolExecutor(_at_least_one("max_concurrency", max_concurrency), "vectorkeep-openai")
         self._client: Any = None
         self._opening = threading.Lock()
+        self._calls: set[threading.Event] = set()  # each set once its call has ended: no request of it is sent again
 
     def __repr__(self) -> str:
         return f"OpenAIEmbedder({self._base_url!r}, {self.model_id!r}, {self.dimensions})"
@@ -80,48 +85,63 @@ class OpenAIEmbedder:
         vectors = np.empty((len(texts), self.dimensions), dtype=np.float32)
         parts = [slice(start, start + self._batch_size) for start in range(0, len(texts), self._batch_size)]
         requests: list[Future[list[Any]]] = []
+        ended = threading.Event()
+        self._calls.add(ended)
         try:
-            requests += [self._threads.submit(self._embed_batch, list(texts[part])) for part in parts]
+            for part in parts:
+                requests.append(self._submit(list(texts[part]), ended))
+            for finished in wait(requests, return_when=FIRST_EXCEPTION).done:
+                finished.result()  # where it failed, the others are not waited for
             for part, request in zip(parts, requests, strict=True):
                 vectors[part] = self._as_array(request.result())
         finally:
+            ended.set()
+            self._calls.discard(ended)
             for request in requests:
                 request.cancel()  # of those after one that failed; no more is paid for
         return vectors
 
+    def _submit(self, texts: list[str], ended: threading.Event) -> "Future[list[Any]]":
+        try:
+            return self._threads.submit(self._embed_batch, texts, ended)
+        except RuntimeError as exc:
+            raise ClosedError("the embedder is closed; make another one") from exc
+
     def close(self) -> None:
         """Give connections and threads back. It cannot embed afterwards."""
+        for ended in list(self._calls):
+            ended.set()
         self._threads.shutdown(cancel_futures=True)
         if self._client is not None:
             self._client.close()
 
-    def _embed_batch(self, texts: list[str]) -> list[Any]:
-        """One request, tried again with backoff and jitter. Returns a vector for each text, in order."""
+    def _embed_batch(self, texts: list[str], ended: threading.Event) -> list[Any]:
+        """One request, tried again with backoff and jitter until its call has `ended`: else the interpreter would wait.
+
+        Returns a vector for each text, in order.
+        """
+        tries = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_PassingError),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(self._attempts),
+                tenacity.stop_before_delay(self._retry_for_s),
+                tenacity.stop_when_event_set(ended),
+            ),
+            wait=_wait_s,
+            sleep=partial(_rest, ended),
+            reraise=True,
+        )
         try:
-            for attempt in stamina.retry_context(
-                on=self._wait_s,
-                attempts=self._attempts,
-                timeout=self._retry_for_s,
-                wait_initial=_FIRST_WAIT_S,
-                wait_max=_LONGEST_WAIT_S,
-            ):
-                with attempt:
-                    return _in_order(self._post(texts), len(texts))
+            return tries(self._try, texts, ended)
         except _PassingError as exc:
             raise UnavailableError(f"the embedding server {self._base_url} cannot serve this now: {exc}") from exc
         except _RefusedError as exc:
             raise ValidationError(f"the embedding server {self._base_url} {exc}") from exc
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _wait_s(self, exc: Exception) -> bool | float:
-        """Whether to try again, and after how long where the server said so. Jitter spreads those who wait alike."""
-        if not isinstance(exc, _PassingError):
-            return False
-        if exc.retry_after_s is None:
-            return True
-        if exc.retry_after_s > self._retry_for_s:
-            return False
-        return exc.retry_after_s + random.uniform(0, 0.1 * exc.retry_after_s + 0.1)
+    def _try(self, texts: list[str], ended: threading.Event) -> list[Any]:
+        if ended.is_set():
+            raise _PassingError("nobody waits for it any more")
+        return _in_order(self._post(texts), len(texts))
 
     def _post(self, texts: list[str]) -> Any:
         """The server's answer as JSON. Raises _PassingError and _RefusedError."""
@@ -191,6 +211,18 @@ class _RefusedError(Exception):
     """The server will not answer this, however often it is asked."""
 
 
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next try, as long as the server said where it did. Jitter spreads those who wait alike."""
+    exc = state.outcome.exception() if state.outcome else None
+    if not isinstance(exc, _PassingError) or exc.retry_after_s is None:
+        return _backoff(state)
+    return exc.retry_after_s + random.uniform(0, 0.1 * exc.retry_after_s + 0.1)
+
+
+def _rest(ended: threading.Event, seconds: float) -> None:
+    ended.wait(seconds)
+
+
 def _in_order(answer: Any, expected: int) -> list[Any]:
     """The vectors of `answer` by their `index`; in the order given where the server leaves that out."""
     try:
@@ -218,14 +250,14 @@ def _message_in(body: bytes) -> str:
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks to wait: RFC 9110's Retry-After, a number or a date, or `retry-after-ms`."""
+    with suppress(KeyError, ValueError):
+        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    value = headers.get("retry-after", "")
+    if value.isascii() and value.isdigit():
+        return float(value)
     try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        value = headers.get("retry-after", "")
-        if value.isascii() and value.isdigit():
-            return float(value)
         at = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 

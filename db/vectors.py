@@ -140,11 +140,13 @@ def normalized(vector: NDArray[np.float32]) -> NDArray[np.float32]:
 def weighted_mean(parts: Sequence[NDArray[np.float32]], weights: Sequence[int]) -> NDArray[np.float32]:
     """The mean of vectors of shape (dimensions,), weighted, scaled to length 1.
 
-    Parts that cancel out have no mean direction: the heaviest part stands for them.
+    Parts that cancel out have no mean direction: the heaviest that has one stands for them. Where none has, it is zero.
     """
-    mean = np.average(np.stack(parts).astype(np.float64), axis=0, weights=weights)
+    wide = np.stack(parts).astype(np.float64)
+    mean = np.average(wide, axis=0, weights=weights)
     norm = np.linalg.norm(mean)
-    if norm < 1e-12:
-        return normalized(parts[int(np.argmax(weights))])
+    if norm <= 1e-12 * np.linalg.norm(wide, axis=1).max():
+        directed = [n for n, part in enumerate(parts) if part.any()]
+        return normalized(parts[max(directed, key=weights.__getitem__)]) if directed else parts[0]
     unit: NDArray[np.float32] = (mean / norm).astype(np.float32)
     return unit

@@ -103,8 +103,13 @@ class Reader:
 
     def find(self, paths: Iterable[Path]) -> Iterator[Found]:
         for given in paths:
-            path = given.resolve()  # a link that was typed is meant
-            if path.is_dir():
+            try:
+                path = given.resolve()  # a link that was typed is meant
+                is_folder = stat.S_ISDIR(path.stat().st_mode)
+            except (OSError, RuntimeError) as exc:  # what it was is not known: a folder's documents may be all
+                self.fail(displayable(given), exc, None)
+                continue
+            if is_folder:
                 yield from self._walk(path)
             elif path.suffix.lower() in TEXT_SUFFIXES:
                 yield Found(path.parent, PurePosixPath(path.name), None)
@@ -113,20 +118,27 @@ class Reader:
 
     def _walk(self, folder: Path) -> Iterator[Found]:
         """Text files below `folder`. Hidden ones are left out, and no link is followed."""
-        for top, folders, files, opened in os.fwalk(folder, onerror=self._unreadable_folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                path = PurePosixPath(top, name)
-                suffix = path.suffix.lower()
-                if name.startswith(".") or suffix not in TEXT_SUFFIXES | RECORD_SUFFIXES:
-                    continue
-                regular = _is_regular(name, opened)
-                if regular and suffix in TEXT_SUFFIXES:
-                    yield Found(folder, path.relative_to(folder), opened)
-                    continue
-                self.passed_over += 1
-                if regular:
-                    self.record_files.append(displayable(path))
+        try:
+            for top, folders, files, opened in os.fwalk(folder, onerror=self._unreadable_folder):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                yield from self._files(folder, top, files, opened)
+        except OSError as exc:  # of the folder itself; those below it are told by the walk
+            self._unreadable_folder(exc)
+
+    def _files(self, folder: Path, top: str, names: Iterable[str], opened: int) -> Iterator[Found]:
+        """The text files of those `names` in the folder `top`, which is open."""
+        for name in sorted(names):
+            path = PurePosixPath(top, name)
+            suffix = path.suffix.lower()
+            if name.startswith(".") or suffix not in TEXT_SUFFIXES | RECORD_SUFFIXES:
+                continue
+            regular = _is_regular(name, opened)
+            if regular and suffix in TEXT_SUFFIXES:
+                yield Found(folder, path.relative_to(folder), opened)
+                continue
+            self.passed_over += 1
+            if regular:
+                self.record_files.append(displayable(path))
 
     def _unreadable_folder(self, exc: OSError) -> None:
         self.fail(displayable(exc.filename or "folder"), exc, None)

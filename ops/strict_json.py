@@ -3,9 +3,13 @@ integers beyond 64 bits.
 """
 
 import json
+import re
 from typing import Any, NoReturn
 
 import orjson
+
+# Of an integer that was rounded orjson writes 1e20 or 1e+20, as its version goes.
+_EXPONENT = re.compile(rb"[0-9]e\+?[0-9]")
 
 
 class LossyJsonError(ValueError):
@@ -27,7 +31,7 @@ def _may_lose(data: bytes, value: Any) -> bool:
     except orjson.JSONEncodeError as exc:
         raise LossyJsonError("nested too deep; nest it less than 100 levels") from exc
     escaped = b"\\u003a" in data or b"\\u003A" in data  # a colon that is not counted
-    return escaped or data.count(b":") != written.count(b":") or b"e+" in written
+    return escaped or data.count(b":") != written.count(b":") or _EXPONENT.search(written) is not None
 
 
 def _look_closely(data: bytes) -> None:

@@ -225,3 +225,17 @@ def test_a_real_transformer_finds_related_texts():
     assert vectors.shape == (3, 384)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
     assert vectors[0] @ vectors[1] > 2 * (vectors[0] @ vectors[2])
+
+
+def test_an_embedder_may_use_its_buffer_again():
+    class Reusing:
+        model_id, dimensions = "reusing", 2
+        buffer = np.empty((8, 2), np.float32)
+
+        def embed(self, texts):
+            self.buffer[: len(texts)] = [[len(text), 1] for text in texts]
+            return self.buffer[: len(texts)]
+
+    first = checked(Reusing(), ["a", "bb"])
+    checked(Reusing(), ["ccc"])
+    assert first.tolist() == [[1, 1], [2, 1]]

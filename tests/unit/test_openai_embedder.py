@@ -9,13 +9,12 @@ import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from db.embedder import checked, configured_embedder, embedder_by_name
-from db.errors import DimensionError, UnavailableError, ValidationError
+from db.errors import ClosedError, DimensionError, UnavailableError, ValidationError
 from db.openai_embedder import OpenAIEmbedder
 
 KEY = "sk-very-secret-0123"
@@ -113,8 +112,7 @@ def make(server):
 def waits(monkeypatch):
     """The backoffs between tries, noted and not waited for."""
     slept = []
-    # The module that waits, and not `time.sleep` itself: other threads of this process sleep, too.
-    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("db.openai_embedder._rest", lambda _ended, seconds: slept.append(seconds))
     return slept
 
 
@@ -236,11 +234,64 @@ def test_a_server_that_asks_to_wait_too_long_is_not_waited_for(server, make, wai
     assert waits == []
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "", "nan", "٣"])
+@pytest.mark.parametrize("value", ["soon", "-1", "", "nan", "٣", f"Wed, {10**20} Oct 2015 07:28:00 GMT"])
 def test_a_retry_after_that_means_nothing_is_passed_over(server, make, waits, value):
     server.replies = [(503, {"retry-after": value.encode("utf-8").decode("latin-1")}, "")]
     make().embed(["a"])
     assert 0.5 <= waits[0] <= 1.5
+
+
+def test_a_bad_number_of_milliseconds_leaves_the_other_header(server, make, waits):
+    server.replies = [error(429, headers={"retry-after-ms": "abc", "retry-after": "7"})]
+    make().embed(["a"])
+    assert waits[0] >= 7
+
+
+def test_a_wait_that_would_end_too_late_is_not_begun(server, make, waits):
+    server.otherwise = error(429, headers={"retry-after": "1"})
+    with pytest.raises(UnavailableError):
+        make(retry_for_s=0.9).embed(["a"])
+    assert (len(server.requests), waits) == (1, [])
+
+
+def test_what_ends_a_call_ends_the_waits_of_its_requests(server, make):
+    """They run in threads, which the interpreter waits for at its end."""
+    server.otherwise = error(429, headers={"retry-after": "100"})
+    embedder = make(batch_size=1)
+    failed = []
+
+    def embed():
+        with pytest.raises(UnavailableError) as raised:
+            embedder.embed(["a", "b"])
+        failed.append(raised.value)
+
+    waiting = threading.Thread(target=embed)
+    waiting.start()
+    while len(server.requests) < 2:
+        time.sleep(0.01)
+    embedder.close()
+    waiting.join(20)
+    assert len(failed) == 1
+    with pytest.raises(ClosedError, match="closed"):
+        embedder.embed(["a"])
+
+
+def test_one_request_that_is_refused_ends_the_waits_of_the_others(server, make):
+    arrived = threading.Event()
+
+    def one_waits(request):
+        if request["input"] == ["waits"]:
+            arrived.set()
+            return error(429, headers={"retry-after": "100"})
+        arrived.wait(20)
+        return error(400, "never")
+
+    server.otherwise = one_waits
+    embedder = make(batch_size=1)
+    with pytest.raises(ValidationError, match="never"):
+        embedder.embed(["waits", "b"])
+    embedder.close()  # waits for threads
+    assert len(server.requests) == 2
 
 
 def test_after_the_last_try_it_is_unavailable_and_says_why(server, make, waits):

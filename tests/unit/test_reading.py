@@ -163,6 +163,34 @@ def test_a_folder_that_cannot_be_opened_may_hold_anything(tmp_path, monkeypatch)
     assert (reader.failed, reader.may_hold("s/x/a.txt")) == ([("x", "Permission denied")], True)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+def test_a_closed_folder_that_was_given_is_told_and_the_others_are_read(tmp_path):
+    closed, other = tmp_path / "closed", tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("text")
+    closed.mkdir(0o000)
+    reader = Reader("s")
+    assert len(list(reader.texts([closed, other]))) == 1
+    assert (reader.failed, reader.may_hold("s/x")) == ([(str(closed), "Permission denied")], True)
+
+
+def test_the_walk_of_a_folder_that_fails_is_told(tmp_path, monkeypatch):
+    def refuse(top, onerror):
+        raise PermissionError(13, "Permission denied", str(top))
+
+    monkeypatch.setattr("os.fwalk", refuse)
+    reader = Reader("s")
+    assert list(reader.texts([tmp_path])) == []
+    assert (reader.failed, reader.may_hold("s/x")) == ([(str(tmp_path), "Permission denied")], True)
+
+
+@pytest.mark.parametrize("name", ["gone", "gone.txt"])
+def test_a_path_that_is_not_there_any_more_may_have_been_a_folder_of_anything(tmp_path, name):
+    reader = Reader("s")
+    assert list(reader.texts([tmp_path / name])) == []
+    assert (reader.failed, reader.may_hold("s/x")) == ([(str(tmp_path / name), "No such file or directory")], True)
+
+
 def test_two_names_that_are_shown_alike_are_not_silently_one(tmp_path):
     for name in (b"caf\xe9.txt", b"caf\\xe9.txt"):
         (tmp_path / os.fsdecode(name)).write_text("text")

@@ -1,7 +1,7 @@
 import orjson
 import pytest
 
-from ops.strict_json import LossyJsonError, strict_json
+from ops.strict_json import _EXPONENT, LossyJsonError, strict_json
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,8 @@ def test_what_is_whole_is_read_as_orjson_reads_it(data):
 def test_what_is_no_json_is_told_as_such():
     with pytest.raises(orjson.JSONDecodeError):
         strict_json(b"{")
+
+
+@pytest.mark.parametrize("written", [b'{"n":1.8446744073709552e19}', b'{"n":1.8446744073709552e+19}', b"[1e20]"])
+def test_a_rounded_integer_is_recognized_however_orjson_writes_it(written):
+    assert _EXPONENT.search(written)

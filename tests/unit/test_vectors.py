@@ -150,8 +150,14 @@ def test_a_mean_leans_to_the_heavier_part():
     assert mean == pytest.approx(np.array([3, 1]) / np.sqrt(10))
 
 
-def test_parts_that_cancel_out_are_stood_for_by_the_heaviest():
+def test_parts_that_cancel_out_are_stood_for_by_the_heaviest_that_has_a_direction():
     assert weighted_mean([as_vector([1, 0]), as_vector([-1, 0])], [1, 1]).tolist() == [1, 0]
+    assert weighted_mean([as_vector([1, 0]), as_vector([-1, 0]), as_vector([0, 0])], [1, 1, 9]).tolist() == [1, 0]
+    assert weighted_mean([as_vector([0, 0]), as_vector([0, 0])], [1, 2]).tolist() == [0, 0]
+
+
+def test_small_parts_have_a_mean_as_large_ones_do():
+    assert weighted_mean([as_vector([1e-20, 0]), as_vector([0, 1e-20])], [1, 1]) == pytest.approx(np.sqrt([0.5, 0.5]))
 
 
 class Hostile:
