@@ -1,5 +1,7 @@
 """Settings: from `connect(...)`, else from the environment, else their defaults."""
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -10,9 +12,10 @@ import psycopg
 import pydantic
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from .errors import ValidationError
+from .values import utf8_size
 
 Consistency = Literal["strict", "bounded"]
 Distance = Literal["cosine", "l2", "inner_product"]
@@ -87,6 +90,23 @@ class Settings(BaseSettings):
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
 
+    @pydantic.field_validator("database_url", "maintenance_url")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        """What a variable of a shell that is not set gives must not mean another store than the one intended."""
+        if value == "":
+            raise ValueError("it is empty; give a URL, or leave it out")
+        utf8_size("the database URL", value or "")
+        return value
+
+    @pydantic.field_validator("home")
+    @classmethod
+    def _expanded(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError as exc:
+            raise ValueError(f"{exc}; expected the path of a folder") from exc
+
     @pydantic.field_validator("redis_url", mode="before")
     @classmethod
     def _no_cache(cls, value: Any) -> Any:
@@ -114,10 +134,16 @@ class Settings(BaseSettings):
             user += ":" + quote(self.postgres_password.get_secret_value(), safe="")
         database = quote(self.postgres_db or "", safe="")
         at = f"{user}@" if user else ""
-        if self.postgres_host.startswith("/"):
-            folder = quote(self.postgres_host, safe="")
-            return f"postgresql://{at}/{database}?host={folder}&port={self.postgres_port}"
-        return f"postgresql://{at}{self.postgres_host}:{self.postgres_port}/{database}"
+        host = self.postgres_host
+        if host.startswith("/"):
+            return f"postgresql://{at}/{database}?host={quote(host, safe='')}&port={self.postgres_port}"
+        if not _is_host(host):  # it would be read as another part of the URL, or the URL be told by an error
+            raise ValidationError(
+                f"POSTGRES_HOST is {host!r}; expected a host name, an address, or the folder of a socket"
+            )
+        if "," not in host and host.count(":") > 1:
+            host = f"[{quote(host.removeprefix('[').removesuffix(']'), safe=':')}]"
+        return f"postgresql://{at}{host}:{self.postgres_port}/{database}"
 
 
 class OpenAISettings(BaseSettings):
@@ -142,17 +168,32 @@ class OpenAISettings(BaseSettings):
 
 
 S = TypeVar("S", bound=BaseSettings)
+_JSON_EXAMPLE = '{"work_mem": "8MB"}'
 
 
 def _loaded(kind: type[S], given: Mapping[str, Any], shown: str | None = None) -> S:
     """`kind` from `given` and the environment; errors name a setting by its own name, or as `shown` says."""
     try:
         return kind(**given)
+    except SettingsError as exc:  # its cause shows what was given
+        field = next((name for name in kind.model_fields if f'"{name}"' in str(exc)), "a setting")
+        raise ValidationError(f"bad settings: {field}: it is no JSON; expected such as {_JSON_EXAMPLE}") from None
     except pydantic.ValidationError as exc:
         names = [".".join(map(str, error["loc"])) for error in exc.errors()]
         names = [shown.format(name.upper()) for name in names] if shown else names
         problems = "; ".join(f"{name}: {e['msg']}" for name, e in zip(names, exc.errors(), strict=True))
         raise ValidationError(f"bad settings: {problems}") from exc
+
+
+def _is_host(text: str) -> bool:
+    """Whether `text` is a host name or an address, of version 6 also in brackets; a URL reads others otherwise."""
+    if "," not in text and (text.startswith("[") or text.count(":") > 1):
+        try:
+            address = ipaddress.IPv6Address(text.removeprefix("[").removesuffix("]"))
+            return text.startswith("[") == text.endswith("]") and bool(address)
+        except ValueError:
+            return False
+    return re.fullmatch(r"[\w.,:-]+", text) is not None
 
 
 def libpq_url(url: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .embedded_place import Place, make_home, settle
-from .embedded_server import DATABASE, PORT, Postgres, Server, postgres_server, valkey_server
+from .embedded_server import DATABASE, LOG_NAMES, PORT, Postgres, Server, postgres_server, valkey_server
 from .errors import BusyError, UnavailableError, ValidationError
 
 __all__ = ["EmbeddedServers", "acquire", "erase"]
@@ -59,6 +59,7 @@ def acquire(home: Path, *, settings: Mapping[str, str] | None = None, redis: boo
     server cannot run.
     """
     _check_settings(settings or {})
+    _check_environment()
     try:
         use = _Use.begin(make_home(home))
         try:
@@ -110,8 +111,8 @@ def _erase(home: Path) -> None:
         shutil.rmtree(place.sockets, ignore_errors=True)
         shutil.rmtree(base)
     link.unlink(missing_ok=True)
-    for log in home.glob("*.log*"):  # not the locks: others may wait for them
-        log.unlink()
+    for name in LOG_NAMES:  # not the locks: others may wait for them
+        (home / name).unlink(missing_ok=True)
 
 
 def _users(home: Path) -> str:
@@ -133,6 +134,15 @@ def _check_settings(settings: Mapping[str, str]) -> None:
             raise ValidationError(
                 f"{name!r} is not a setting that can be passed to the embedded server; expected a PostgreSQL "
                 f"parameter other than {', '.join(sorted(OUR_SETTINGS))}"
+            )
+
+
+def _check_environment() -> None:
+    for name in ("PGSERVICE", "PGHOSTADDR"):  # these count beside a URL that says where the server is
+        if os.environ.get(name):
+            raise ValidationError(
+                f"{name} is set, and sends connections elsewhere than to the embedded server; unset it, or name a "
+                "server in VECTORKEEP_DATABASE_URL"
             )
 
 

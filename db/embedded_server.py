@@ -35,6 +35,11 @@ ORPHAN_GRACE_S = 1.0
 LOG_BYTES_MAX = 10 * 1024 * 1024
 
 
+_POSTGRES, _VALKEY = "postgres", "valkey"
+# Of both servers, in the home folder: the current one and an older one each.
+LOG_NAMES = tuple(f"{name}.log{older}" for name in (_POSTGRES, _VALKEY) for older in ("", ".1"))
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """What both servers have in common. `stop_signals`: each signal with the seconds given to obey it."""
@@ -236,7 +241,7 @@ def postgres_server(place: Place, settings: Mapping[str, str]) -> Postgres:
     for name, value in {**settings, **fixed}.items():
         command += ["-c", f"{name}={value}"]
     return Postgres(
-        name="postgres",
+        name=_POSTGRES,
         home=place.home,
         account=place.account,
         folder=place.data,
@@ -263,7 +268,7 @@ def valkey_server(place: Place, binary: Path) -> Valkey:
         "daemonize": "no",
     }
     return Valkey(
-        name="valkey",
+        name=_VALKEY,
         home=place.home,
         account=place.account,
         folder=place.sockets,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import OpenAISettings
-from .errors import DimensionError, ValidationError
+from .errors import DimensionError, ValidationError, of_caller
 from .openai_embedder import OpenAIEmbedder
 from .types import Embedder
 
@@ -160,7 +160,9 @@ def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
     """
     if not texts:
         return np.empty((0, embedder.dimensions), dtype=np.float32)
-    vectors = _as_float32(embedder.embed(texts), embedder.model_id)
+    with of_caller():
+        returned = embedder.embed(texts)
+    vectors = _as_float32(returned, embedder.model_id)
     name = f"embedder {embedder.model_id!r}"
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise ValidationError(

@@ -131,6 +131,9 @@ def from_driver(exc: BaseException) -> VectorKeepError | None:
     return None
 
 
+_OF_CALLER = "_vectorkeep_of_caller"
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Raise the errors of psycopg, its pool and SQLAlchemy as ours, the cause chained."""
@@ -138,6 +141,16 @@ def translated() -> Iterator[None]:
         yield
     except (psycopg.Error, sqlalchemy.exc.DBAPIError) as exc:
         ours = from_driver(exc)
-        if ours is None:
+        if ours is None or hasattr(exc, _OF_CALLER):
             raise
         raise ours from exc
+
+
+@contextmanager
+def of_caller() -> Iterator[None]:
+    """Code of the caller's runs inside: what it raises stays as it is, an error of a driver of its own, too."""
+    try:
+        yield
+    except (psycopg.Error, sqlalchemy.exc.DBAPIError) as exc:
+        setattr(exc, _OF_CALLER, True)
+        raise

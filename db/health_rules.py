@@ -44,7 +44,7 @@ class Rule:
     sql: str
 
 
-_MIGRATE = "vectorkeep migrate --model {model.model_id} --dimensions {model.dimensions}"
+_MIGRATE = "vectorkeep migrate --model {model.model_id} --dimensions {model.dimensions} --distance {model.distance}"
 _MAINTAIN = "vectorkeep maintain"
 _REINDEX = "REINDEX INDEX CONCURRENTLY {index}; VACUUM (ANALYZE) {table}"
 

@@ -25,6 +25,7 @@ from .errors import (
     MaintenanceIncomplete,
     SchemaError,
     ValidationError,
+    of_caller,
     translated,
 )
 from .filters import Filter
@@ -34,7 +35,7 @@ from .opening import OpenParts
 from .recall import RecallRequest
 from .search import Query
 from .sync import SourceSync
-from .tally import Tally, total_of
+from .tally import Tally, callers_inputs, total_of
 from .transactions import (
     LoggedWrite,
     begin_write,
@@ -200,7 +201,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         tally = Tally(total_of(documents), on_progress)
         with self._parts.metrics.measure("batch_upsert") as operation:
             with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
-                self._ingestion().upsert(documents, batch_size, tally)
+                self._ingestion().upsert(callers_inputs(documents), batch_size, tally)
             operation.counts = _counts(tally, "inserted", "updated", "unchanged", "superseded", "failed")
         return UpsertResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
@@ -226,7 +227,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         tally = Tally(total_of(items), on_progress)
         with self._parts.metrics.measure("embed_batch") as operation:
             with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
-                self._ingestion().embed(items, texts, batch_size, tally)
+                self._ingestion().embed(callers_inputs(items), texts, batch_size, tally)
             operation.counts = _embed_counts(tally, texts, deleted=0)
         return EmbedResult(**operation.counts, errors=tally.errors, duration_ms=operation.elapsed_ms)
 
@@ -261,7 +262,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         bulk = False if dry_run else bulk
         with self._parts.metrics.measure("sync_dry_run" if dry_run else "sync") as operation:
             deleted = SourceSync(self._ingestion(), source_id, tally).run(
-                items,
+                callers_inputs(items),
                 texts,
                 batch_size=batch_size,
                 allow_empty=allow_empty,
@@ -284,7 +285,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         self._check_open()
         database, model = self._parts.database, self._parts.model
         load = bulk_load.automatic(database, model, None) if only_into_empty else bulk_load.bulk_load(database, model)
-        with translated(), load:
+        with translated(), load, of_caller():
             yield
 
     @_call

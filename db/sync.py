@@ -11,7 +11,7 @@ from . import faults
 from .deletion import delete_ids
 from .documents import check_key
 from .embedding import TextEmbedder
-from .errors import ValidationError
+from .errors import ValidationError, of_caller
 from .ingestion import Ingestion
 from .locks import sync_lock
 from .staging import copy_ids
@@ -89,7 +89,8 @@ class SourceSync:
             connection.execute(_INDEX_SEEN, prepare=False)
             deleted = 0
             for ids in self._unseen(connection):
-                gone = [id_ for id_ in ids if not keep(id_)]
+                with of_caller():
+                    gone = [id_ for id_ in ids if not keep(id_)]
                 deleted += len(gone) if dry_run else self._delete(gone)
             faults.point("sync.deleted")
             connection.execute(_DROP_SEEN)

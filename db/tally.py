@@ -3,10 +3,11 @@
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 from .documents import part_of
+from .errors import of_caller
 from .types import Document, Item, Progress
 from .upsert import Outcome
 
@@ -77,12 +78,20 @@ class Tally:
                 counts = {name: count for name, count in self._counts.items() if count}
             logger.info("ingestion.progress", extra={"processed": self.processed, "total": self.total, **counts})
         if self._on_progress is not None:
-            self._on_progress(self.processed, self.total)
+            with of_caller():
+                self._on_progress(self.processed, self.total)
 
 
 def total_of(inputs: Any) -> int | None:
     """How many inputs there are, or None where only iterating tells."""
     return len(inputs) if isinstance(inputs, Sized) else None
+
+
+def callers_inputs(inputs: Iterable[T]) -> Iterator[T]:
+    """The `inputs`; what iterating over them raises stays as it is."""
+    with of_caller():
+        for given in inputs:  # noqa: UP028  (`yield from` would close a generator that may be used further)
+            yield given
 
 
 def batches(inputs: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -14,7 +14,7 @@ def cleanup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count all orphans, change nothing.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 1000,
     min_age_days: Annotated[
-        float | None, typer.Option(min=0, help="Spare what was created since.", show_default=False)
+        float | None, typer.Option(min=0, max=36_500, help="Spare what was created since.", show_default=False)
     ] = None,
 ) -> None:
     """Remove orphans, then VACUUM (ANALYZE).

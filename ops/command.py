@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature, signature
 from types import FrameType
-from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec
+from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec, TextIO
 
 import typer
 
 from db.config import Settings, redacted
 
 from .exit_codes import ExitCode, as_error_of_ours, exit_code_of
-from .output import Output, OutputClosed, log_to_stderr
+from .output import Output, OutputClosed, OutputFailed, log_to_stderr
 
 P = ParamSpec("P")
 
@@ -84,6 +84,7 @@ def command(verb: Callable[Concatenate[Cli, P], ExitCode | None]) -> Callable[..
 
 
 def _run(options: Common, work: Callable[[Cli], ExitCode | None]) -> ExitCode:
+    _have_all_streams()
     debug = options.debug or os.environ.get("VECTORKEEP_DEBUG", "").lower() in ("1", "true", "yes", "on")
     log_to_stderr(_level(options, debug))
     _be_forgiving_about_encodings()
@@ -92,16 +93,25 @@ def _run(options: Common, work: Callable[[Cli], ExitCode | None]) -> ExitCode:
     try:
         return work(Cli(options, output)) or ExitCode.OK
     except OutputClosed:
-        return _close_stdout()
+        return _close_stdout(ExitCode.BROKEN_PIPE)
+    except OutputFailed as exc:
+        output.complain(str(exc))
+        return _close_stdout(ExitCode.PARTIAL)
     except KeyboardInterrupt:
         output.complain("interrupted")
-        return ExitCode.INTERRUPTED
+        return _fail(output, "Interrupted", "interrupted", ExitCode.INTERRUPTED)
+    except SystemExit as exc:
+        if exc.code == ExitCode.TERMINATED:
+            _fail(output, "Terminated", "ended by SIGTERM", ExitCode.TERMINATED)
+        raise
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise  # typer tells these
     except Exception as exc:  # noqa: BLE001  (the outermost place: told, never swallowed)
         if debug:
             traceback.print_exc()
         return _tell(exc, options, output)
+    finally:
+        _let_go_of_stderr()
 
 
 def _tell(exc: Exception, options: Common, output: Output) -> ExitCode:
@@ -114,12 +124,18 @@ def _tell(exc: Exception, options: Common, output: Output) -> ExitCode:
     else:
         code, kind = ExitCode.DEFECT, type(exc).__name__
         message = f"defect: {kind}: {exc}; please report it with what --debug shows"
-    message = " ".join(message.split())
+    message = " ".join(message.split()).encode(errors="backslashreplace").decode()  # paths may be no UTF-8
     output.complain(message)
+    return _fail(output, kind, message, code)
+
+
+def _fail(output: Output, kind: str, message: str, code: ExitCode) -> ExitCode:
+    """Print the document of an error, unless the command has printed one. Returns `code`."""
     try:
-        output.document({"error": {"kind": kind, "message": message, "exit_code": int(code)}})
-    except OutputClosed:
-        _close_stdout()
+        if not output.told:
+            output.document({"error": {"kind": kind, "message": message, "exit_code": int(code)}})
+    except (OutputClosed, OutputFailed):
+        _close_stdout(code)
     return code
 
 
@@ -131,10 +147,29 @@ def _location(options: Common) -> str:
     return redacted(url) if url else f"the embedded server in {settings.home}"
 
 
-def _close_stdout() -> ExitCode:
-    # Else the interpreter would complain when it flushes stdout at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return ExitCode.BROKEN_PIPE
+def _close_stdout(code: ExitCode) -> ExitCode:
+    _discard(sys.stdout)
+    return code
+
+
+def _let_go_of_stderr() -> None:
+    """That nobody reads the messages is no failure."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Else the interpreter would complain when it flushes the stream at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _have_all_streams() -> None:
+    """A stream that the caller closed is None: what is written goes nowhere then, and nothing is read."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  (it stays open as long as the process)
 
 
 def _end_in_order(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -8,7 +8,6 @@ import typer
 from .command import Cli
 from .exit_codes import ExitCode
 from .opening import open_store
-from .output import printable
 
 
 def delete_source(
@@ -23,7 +22,7 @@ def delete_source(
 
     Asks first; without a terminal to ask on, --yes is needed.
     """
-    if not yes and not _confirmed(source):
+    if not yes and not _confirmed(cli, source):
         cli.output.complain("nothing was deleted")
         return ExitCode.PARTIAL
     with open_store(cli.options) as store:
@@ -39,7 +38,8 @@ def delete_source(
     return None
 
 
-def _confirmed(source: str) -> bool:
+def _confirmed(cli: Cli, source: str) -> bool:
     if not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")
-    return typer.confirm(f"Delete all documents of the source {printable(source)!r}?", err=True)
+    answer = cli.output.ask(f"Delete all documents of the source {source!r}? [y/N]:")
+    return answer.lower() in ("y", "yes")

@@ -1,5 +1,6 @@
 """`vectorkeep migrate`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Annotated, Any
@@ -43,7 +44,13 @@ def migrate(
     dimensions: Annotated[
         int | None, typer.Option(min=1, max=16_000, show_default=False, help="Dimensions of the model's vectors.")
     ] = None,
-    distance: Annotated[Distance, typer.Option(help="How vectors are compared; fixed for good.")] = Distance.COSINE,
+    distance: Annotated[
+        Distance | None,
+        typer.Option(
+            help="How vectors are compared; fixed for good. Default: VECTORKEEP_DISTANCE, else cosine.",
+            show_default=False,
+        ),
+    ] = None,
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Take over tables made by hand; --model names what made their vectors.")
     ] = False,
@@ -78,8 +85,11 @@ def migrate(
     """
     chosen = _chosen_model(model, dimensions, distance, adopt=adopt)
     plan = _roles_plan(role_prefix, roles=roles, tenants=tenants, print_sql=print_sql)
-    if triggers is not None and (check or adopt or print_sql):
-        raise typer.BadParameter("goes without --check, --adopt and --print-sql", param_hint="--with-triggers")
+    alone = {"--check": check, "--adopt": adopt, "--print-sql": print_sql}
+    _refuse_beside("--with-triggers", triggers is not None, alone)
+    _refuse_beside("--roles", roles, {"--check": check, "--adopt": adopt})
+    _refuse_beside("--model", model is not None, {"--check": check, "--print-sql": print_sql})
+    _refuse_beside("--adopt", adopt, {"--check": check})
     with target_url(cli.options) as url:
         if check:
             return _check(cli, url)
@@ -89,7 +99,7 @@ def migrate(
         if adopt and chosen is not None:
             _adopt(cli, url, chosen)
             return None
-        before, after = upgrade(url, lock_timeout_s=Settings().lock_timeout_s, on_wait=cli.output.say)
+        before, after = upgrade(url, lock_timeout_s=Settings.load({}).lock_timeout_s, on_wait=cli.output.say)
         if chosen is not None and chosen.dimensions is not None:
             cli.output.say(f"registering {chosen.model_id} and building its indexes")
             registry.register_model(url, chosen.model_id, chosen.dimensions, chosen.distance.value)
@@ -105,13 +115,24 @@ def migrate(
     return None
 
 
-def _chosen_model(model: str | None, dimensions: int | None, distance: Distance, *, adopt: bool) -> _Model | None:
+def _refuse_beside(option: str, given: bool, others: Mapping[str, bool]) -> None:
+    """Raise BadParameter where `option` would be passed over: one of the `others` ends the command before."""
+    for other in (other for other, is_given in others.items() if given and is_given):
+        raise typer.BadParameter(f"goes without {other}: run one after the other", param_hint=option)
+
+
+def _chosen_model(
+    model: str | None, dimensions: int | None, distance: Distance | None, *, adopt: bool
+) -> _Model | None:
     if model is None:
         if adopt:
             raise typer.BadParameter("--adopt needs --model: what made the vectors", param_hint="--model")
         if dimensions is not None:
             raise typer.BadParameter("--dimensions needs --model", param_hint="--dimensions")
+        if distance is not None:
+            raise typer.BadParameter("--distance needs --model", param_hint="--distance")
         return None
+    distance = distance or Distance(Settings.load({}).distance)
     if model == DEFAULT_EMBEDDER:
         embedder = embedder_by_name(model)
         return _Model(embedder.model_id, dimensions or embedder.dimensions, distance)

@@ -29,6 +29,17 @@ class OutputClosed(Exception):  # noqa: N818  (not an error: the reader has seen
     """Whoever reads stdout went away."""
 
 
+class OutputFailed(Exception):  # noqa: N818  (told by the command, whatever it was about to do)
+    """What stdout is cannot be written to: a full disk, for one."""
+
+
+class _Messages(Console):
+    """The console of stderr: that nobody reads it any more ends no work."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Output:
     """The two streams of one command."""
 
@@ -38,14 +49,16 @@ class Output:
         self.on_terminal = sys.stdout.isatty()
         # Whatever FORCE_COLOR says: a pipe gets no escape codes.
         self._stdout = Console(file=sys.stdout, force_terminal=self.on_terminal)
-        self._stderr = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
+        self._stderr = _Messages(file=sys.stderr, force_terminal=sys.stderr.isatty())
+        self.told = False  # whether the document was printed
 
     # -- results ---------------------------------------------------------------------------------------
 
     def document(self, value: Any) -> None:
-        """The whole result, as the one JSON document."""
+        """The whole result, as the one JSON document, in UTF-8 whatever the locale is."""
         if self.json:
-            self._write(to_json(value, indented=self.on_terminal) + "\n")
+            self.told = True
+            self._write((to_json(value, indented=self.on_terminal) + "\n").encode())
 
     def fields(self, fields: Mapping[str, Any]) -> None:
         """Names with one value each."""
@@ -82,23 +95,33 @@ class Output:
         else:
             self._write(text + "\n")
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str | bytes) -> None:
         try:
-            sys.stdout.write(text)
+            if isinstance(text, bytes):
+                sys.stdout.buffer.write(text)
+            else:
+                sys.stdout.write(text)
             sys.stdout.flush()
         except BrokenPipeError as exc:
             raise OutputClosed from exc
+        except OSError as exc:
+            raise OutputFailed(f"cannot write to stdout: {exc.strerror or exc}") from exc
 
     # -- everything else -------------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
-        """A message for a person; not with --quiet."""
-        if not self.quiet:
+    def say(self, text: str, *, always: bool = False) -> None:
+        """A message for a person; with --quiet only where `always`."""
+        if always or not self.quiet:
             self._stderr.print(Text(printable(text)), soft_wrap=True)
 
     def complain(self, text: str) -> None:
         """What went wrong, on one line; also with --quiet."""
         self._stderr.print(Text(f"vectorkeep: {printable(text)}"), soft_wrap=True)
+
+    def ask(self, question: str) -> str:
+        """What a person answers on the terminal; "" at its end. Also with --quiet."""
+        self._stderr.print(Text(printable(question)), soft_wrap=True, end=" ")
+        return sys.stdin.readline().strip()
 
     @contextmanager
     def progress(self, what: str, total: int | None = None) -> Iterator[Advance]:

@@ -1,6 +1,7 @@
 """`vectorkeep reset`."""
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -21,15 +22,16 @@ def reset(
     """Delete everything that is stored, and begin anew.
 
     Names what will go, with counts, and asks for the database's name to be typed; without a terminal to ask on, --yes
-    is needed. Drops the tables that the migrations made and no others, and migrates again; embedded servers are stopped
-    and their folder deleted. Refuses while other sessions have the store open or use its tables, unless forced.
+    is needed. Drops the tables that the migrations made and no others, and migrates again; embedded servers are
+    stopped, and their folder and logs deleted. Refuses while other sessions have the store open or use its tables,
+    unless forced.
     """
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")
     settings = Settings.load(settings_of(cli.options))
     plan = library.plan_reset(settings, force=force)
-    _announce(cli, plan)
-    if not yes and typer.prompt(f"Type {plan.database} to delete all of it", err=True) != plan.database:
+    _announce(cli, plan, asking=not yes)
+    if not yes and cli.output.ask(f"Type {plan.database} to delete all of it:") != plan.database:
         cli.output.complain("that is not the database's name; nothing was deleted")
         return ExitCode.PARTIAL
     result = library.reset(settings, force=force)
@@ -48,14 +50,15 @@ def reset(
     return None
 
 
-def _announce(cli: Cli, plan: library.ResetPlan) -> None:
-    """What will go, on stderr: it is there before the answer is."""
-    cli.output.say(f"This deletes from the database {plan.database} ({plan.location}), for good:")
+def _announce(cli: Cli, plan: library.ResetPlan, *, asking: bool) -> None:
+    """What will go, on stderr: it is there before the answer is, and with --quiet where one is asked for."""
+    say = partial(cli.output.say, always=asking)
+    say(f"This deletes from the database {plan.database} ({plan.location}), for good:")
     for table, rows in plan.rows.items():
-        cli.output.say(f"  {table}: {rows} rows")
+        say(f"  {table}: {rows} rows")
     if plan.columns:
-        cli.output.say(f"  columns that vectorkeep did not make: {', '.join(plan.columns)}")
+        say(f"  columns that vectorkeep did not make: {', '.join(plan.columns)}")
     if plan.sessions:
-        cli.output.say(f"  and ends {', '.join(plan.sessions)}")
+        say(f"  and ends {', '.join(plan.sessions)}")
     if plan.folder is not None:
-        cli.output.say(f"  the folder {plan.folder}, with all of it")
+        say(f"  the folder {plan.folder}, with all of it, and the logs beside it")

@@ -15,6 +15,7 @@ from ..errors import BusyError, PermissionDeniedError
 from ..index_health import inspect_indexes
 from ..locks import Purpose, advisory_lock, other_holders
 from ..models import Base, vector_index_name
+from ..psql import psql
 from ..vector_index import INDEXED_TABLES, NOT_BEING_BUILT, REINDEX_LEFTOVER, UNSEEN_BUILDS, ensure_vector_indexes
 from .base import Examination, Found, Needs, check, fail, ok, warn
 from .schema import our_tables
@@ -162,7 +163,7 @@ def index_health(examination: Examination) -> Iterator[Found]:
     reasons = [(report, reason) for report in reports for reason in report.findings if reason.rule not in _TOLD]
     for report, reason in reasons:
         judged = fail if reason.verdict == "critical" else warn
-        ways = dict.fromkeys((reason.command, f"psql -c {reason.sql!r}"))  # for some rules the command is that SQL
+        ways = dict.fromkeys((reason.command, psql(reason.sql)))  # for some rules the command is that SQL
         yield judged(f"{report.name} is {reason.verdict}: {reason.evidence}", ", or ".join(ways))
     if not reasons:
         valid = ", ".join(

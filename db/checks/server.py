@@ -7,6 +7,7 @@ import psycopg
 from ..config import pool_session, session_conninfo
 from ..engine import MIN_PGVECTOR, MIN_POSTGRES
 from ..errors import VectorKeepError
+from ..psql import psql
 from .base import Examination, Found, Needs, age, check, fail, ok, warn
 
 # What is wrong with pgvector before each version, and so with every server that runs an older one.
@@ -191,7 +192,7 @@ def session_settings(examination: Examination) -> Iterator[Found]:
         yield warn(
             f"a pooler, such as PgBouncer with ignore_startup_parameters = options, keeps these from the server: "
             f"{', '.join(f'{name} is {seen.get(name)}, expected {value}' for name, value in other.items())}",
-            f'psql -c "{alter}", then make the pooler connect anew',
+            f"{psql(alter)}, then make the pooler connect anew",
         )
 
 

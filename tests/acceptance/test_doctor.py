@@ -92,12 +92,12 @@ def test_reset_names_what_goes_and_begins_anew(filled, database_url):
     assert filled("reset", "--yes", "--json").json["rows"]["embeddings"] == 0
 
 
-def answered(answer, env):
+def answered(answer, env, *options):
     """What `vectorkeep reset` says on a terminal where `answer` is typed, and its exit code."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # noqa: PTH100, PTH120
-        os.execvpe(command()[0], command("reset"), env)
+        os.execvpe(command()[0], command("reset", *options), env)
     said = b""
     try:
         while not said.endswith(b"all of it: "):
@@ -137,3 +137,14 @@ def test_reset_of_a_database_that_is_not_ours(empty_database_url):
     ran = run_command("reset", "--yes", "--database-url", empty_database_url, env=environment())
     assert ran.code == 4
     assert "no vectorkeep schema" in ran.err
+
+
+def test_ctrl_c_at_the_question_is_an_interruption(filled, env):
+    said, code = answered("\x03", env)
+    assert (code, "interrupted" in said) == (130, True), said
+    assert documents(filled) == "3"
+
+
+def test_the_list_of_what_goes_stands_before_the_question_with_quiet_too(filled, env):
+    said, code = answered("no", env, "--quiet")
+    assert (code, "embeddings: 3 rows" in said) == (1, True), said

@@ -1,3 +1,4 @@
+import json
 import os
 import pty
 import select
@@ -125,3 +126,63 @@ def test_a_terminal_gets_colours_and_a_table(vectorkeep, folder, env):
     assert process.wait(timeout=30) == 0
     assert b"\x1b[1mscore" in output
     assert b"On owls" in output
+
+
+def test_a_full_disk_for_the_result_is_told(env):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        for options in ([], ["--json"]):
+            ran = subprocess.run(command("stats", *options), cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE)
+            assert ran.returncode == 1
+            assert ran.stderr.decode().splitlines()[-1] == "vectorkeep: cannot write to stdout: No space left on device"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_is_no_defect(env, closed):
+    shell = f'exec "$@" {closed}'
+    ran = subprocess.run(["sh", "-c", shell, "sh", *command("stats")], cwd=ROOT, env=env, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_nobody_to_ask_is_a_wrong_command_line(env):
+    shell = 'exec "$@" <&-'
+    ran = subprocess.run(["sh", "-c", shell, "sh", *command("reset")], cwd=ROOT, env=env, capture_output=True)
+    assert (ran.returncode, b"--yes" in ran.stderr) == (2, True)
+
+
+def test_nobody_who_reads_the_messages_ends_no_work(vectorkeep, folder, env):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(
+        command("ingest", str(folder), "--json", "-v"), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=writer
+    )
+    os.close(writer)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, json.loads(out)["inserted"]) == (0, 3)
+
+
+def test_a_document_is_utf8_in_any_locale(vectorkeep, folder, env):
+    (folder / "cats.md").write_text("# Caf\xe9 \U0001f600\n\nCats.\n")
+    vectorkeep("ingest", folder)
+    for encoding in ("ascii", "latin-1"):
+        ran = subprocess.run(
+            command("search", "cats", "--json"), cwd=ROOT, env=env | {"PYTHONIOENCODING": encoding}, capture_output=True
+        )
+        assert "Caf\xe9 \U0001f600" in json.dumps(json.loads(ran.stdout.decode()), ensure_ascii=False)
+
+
+def test_a_path_that_is_no_utf8_is_told_in_a_document(env):
+    del env["VECTORKEEP_DATABASE_URL"]
+    env["VECTORKEEP_HOME"] = os.fsdecode(b"/proc/\xff")
+    ran = subprocess.run(command("stats", "--json"), cwd=ROOT, env=env, capture_output=True)
+    assert (ran.returncode, json.loads(ran.stdout)["error"]["exit_code"]) == (3, 3)
+
+
+def test_an_empty_url_is_refused(vectorkeep):
+    assert "it is empty" in vectorkeep("stats", "--database-url", "", code=6).err
+
+
+@pytest.mark.parametrize("name", ["PGSERVICE", "PGHOSTADDR"])
+def test_variables_that_lead_elsewhere_are_named(env, name):
+    del env["VECTORKEEP_DATABASE_URL"]
+    ran = subprocess.run(command("stats"), cwd=ROOT, env=env | {name: "127.0.0.1"}, capture_output=True)
+    assert (ran.returncode, ran.stderr.startswith(f"vectorkeep: {name} is set".encode())) == (6, True)

@@ -131,3 +131,23 @@ def test_an_upgrade_that_is_interrupted_says_so_and_runs_again(env, database_url
             errors = process.communicate(timeout=60)[1]
     assert (process.returncode, "Traceback" in errors) == (code, False), errors
     assert upgrade(database_url)[1] == head_revision()
+
+
+def test_the_distance_of_the_environment_is_that_of_a_new_model(vectorkeep, env):
+    env["VECTORKEEP_DISTANCE"] = "l2"
+    assert vectorkeep("migrate", "--model", "mine", "--dimensions", "3").fields["distance"] == "l2"
+    assert vectorkeep("stats").fields
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--distance l2", "--distance"),
+        ("--check --roles", "--roles"),
+        ("--adopt --model m --roles", "--roles"),
+        ("--check --model m --dimensions 3", "--model"),
+        ("--roles --print-sql --model m --dimensions 3", "--model"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(vectorkeep, options, named):
+    assert named in vectorkeep("migrate", *options.split(), code=2).err

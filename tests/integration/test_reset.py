@@ -277,9 +277,12 @@ def test_embedded_servers_lose_their_folder_and_begin_anew(embedded_settings):
         reset(embedded_settings)
     fill_embedded(embedded_settings)
     assert plan_reset(embedded_settings).rows["embeddings"] == 1
+    of_others = {embedded_settings.home / "app.log", embedded_settings.home / "x.logs"}
+    for path in of_others:
+        path.mkdir()
     result = reset(embedded_settings)
     assert (result.rows["embeddings"], result.revision) == (1, None)
-    assert [path for path in embedded_settings.home.iterdir() if path.suffix != ".lock"] == []
+    assert {path for path in embedded_settings.home.iterdir() if path.suffix != ".lock"} == of_others
     with db.connect(home=embedded_settings.home) as store:
         assert store.get(["a"]) == []
 

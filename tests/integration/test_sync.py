@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import psycopg
 import pytest
 
 import db
@@ -312,3 +313,44 @@ def test_items_that_do_not_say_which_document_they_are_delete_nothing(store, sou
     with pytest.raises(db.ValidationError, match="no id that can be used"):
         store.sync([nameless], source_id="s", allow_empty=True)
     assert "a" in sources()["s"]
+
+
+FOREIGN = psycopg.errors.UniqueViolation("of the caller's own database")
+
+
+def fail(*_args):
+    raise FOREIGN
+
+
+def failing():
+    yield {"id": "a", "text": "t"}
+    fail()
+
+
+def loads(store):
+    with store.bulk_load():
+        fail()
+
+
+ITEM = {"id": "a", "text": "t"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.batch_upsert(failing()),
+        lambda store: store.embed_batch(failing()),
+        lambda store: store.embed_batch(
+            [{"id": "c", "text": "new"}], embedder=db.CallableEmbedder(fail, "counting", 16)
+        ),
+        lambda store: store.batch_upsert([ITEM], on_progress=fail),
+        lambda store: store.sync(failing(), source_id="s"),
+        lambda store: store.sync([{"id": "b", "text": "t"}], source_id="s", keep=fail),
+        loads,
+    ],
+)
+def test_errors_of_the_callers_own_driver_pass_through(embedding_store, call):
+    embedding_store.sync([ITEM], source_id="s")
+    with pytest.raises(psycopg.errors.UniqueViolation) as raised:
+        call(embedding_store)
+    assert raised.value is FOREIGN

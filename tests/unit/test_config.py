@@ -163,3 +163,53 @@ def test_a_name_and_a_timeout_in_the_url_stay():
         session_conninfo("postgresql://h/d?application_name=mine&connect_timeout=9", Settings.load({}))
     )
     assert (parts["application_name"], parts["connect_timeout"]) == ("mine", "9")
+
+
+@pytest.mark.parametrize(
+    ("host", "read"),
+    [
+        ("db.example", {"host": "db.example"}),
+        ("::1", {"host": "::1"}),
+        ("[::1]", {"host": "::1"}),
+        ("fe80::1%eth0", {"host": "fe80::1%eth0"}),
+        ("a,b", {"host": "a,b"}),
+    ],
+)
+def test_a_host_is_a_name_or_an_address(monkeypatch, host, read):
+    monkeypatch.setenv("POSTGRES_HOST", host)
+    assert read.items() <= conninfo_to_dict(Settings.load({}).postgres_url()).items()
+
+
+@pytest.mark.parametrize("host", ["[::1] ", "[::1", "db/prod", "db?x", "u@db", "a b", "db#1", "::zz"])
+def test_what_is_no_host_is_refused_without_the_password(monkeypatch, host):
+    monkeypatch.setenv("POSTGRES_HOST", host)
+    monkeypatch.setenv("POSTGRES_PASSWORD", "s3cret")
+    with pytest.raises(ValidationError, match=r"POSTGRES_HOST is .*expected a host name") as refused:
+        Settings.load({}).postgres_url()
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["database_url", "maintenance_url"])
+def test_an_empty_url_is_no_wish_for_another_store(name):
+    with pytest.raises(ValidationError, match=f"{name}: .*it is empty"):
+        Settings.load({name: ""})
+
+
+def test_a_url_is_utf8():
+    with pytest.raises(ValidationError, match="surrogate"):
+        Settings.load({"database_url": "postgresql://h/\udcff"})
+
+
+def test_a_home_below_ones_own_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("VECTORKEEP_HOME", "~/vk")
+    assert Settings.load({}).home == tmp_path / "vk"
+    monkeypatch.setenv("VECTORKEEP_HOME", "~nobody-of-this-name/vk")
+    with pytest.raises(ValidationError, match="home: "):
+        Settings.load({})
+
+
+def test_settings_that_are_no_json_are_named(monkeypatch):
+    monkeypatch.setenv("VECTORKEEP_EMBEDDED_SETTINGS", "work_mem=8MB")
+    with pytest.raises(ValidationError, match="bad settings: embedded_settings: it is no JSON"):
+        Settings.load({})
