@@ -340,9 +340,7 @@ ITEM = {"id": "a", "text": "t"}
     [
         lambda store: store.batch_upsert(failing()),
         lambda store: store.embed_batch(failing()),
-        lambda store: store.embed_batch(
-            [{"id": "c", "text": "new"}], embedder=db.CallableEmbedder(fail, "counting", 16)
-        ),
+        lambda store: store.embed_batch([{"id": "c", "text": "new"}], embedder=db.CallableEmbedder(fail, "m", 8)),
         lambda store: store.batch_upsert([ITEM], on_progress=fail),
         lambda store: store.sync(failing(), source_id="s"),
         lambda store: store.sync([{"id": "b", "text": "t"}], source_id="s", keep=fail),

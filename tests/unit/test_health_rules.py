@@ -115,7 +115,7 @@ def test_at_the_limit_nothing_is_wrong_yet(changed):
 def test_a_remedy_in_sql_is_the_whole_statement():
     [reason] = judge(dataclasses.replace(HEALTHY, **FAULTS["no-index"]))
     assert reason.sql.startswith("CREATE INDEX CONCURRENTLY chunks_vector_idx ON chunks USING hnsw (")
-    assert reason.command == "vectorkeep migrate --model m --dimensions 256"
+    assert reason.command == "vectorkeep migrate --model m --dimensions 256 --distance cosine"
 
 
 def test_the_documents_table_is_the_codes():
