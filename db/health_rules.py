@@ -288,6 +288,7 @@ _EXAMPLES = {
     "{table}": "TABLE",
     "{model.model_id}": "NAME",
     "{model.dimensions}": "D",
+    "{model.distance}": "DISTANCE",
     "{duplicates[0]}": "INDEX",
     "{unindexed_keys[0]}": "COLUMN",
     "{wanted_mb}": "N",
