@@ -120,7 +120,8 @@ def _tell(exc: Exception, options: Common, output: Output) -> ExitCode:
     if error is not None:
         code, message, kind = exit_code_of(error), str(error), type(error).__name__
         if code == ExitCode.UNAVAILABLE:
-            message += f"; tried {_location(options)}, see --database-url"
+            [place, *_] = getattr(error, "__notes__", None) or [_location(options)]
+            message += f"; tried {place}, see --database-url"
     else:
         code, kind = ExitCode.DEFECT, type(exc).__name__
         message = f"defect: {kind}: {exc}; please report it with what --debug shows"

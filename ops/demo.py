@@ -17,7 +17,7 @@ from db.migrate import upgrade
 from .command import Cli, Common
 from .demo_texts import PACKAGES, REFERENCE, installed_packages, python_reference
 from .migrate import revision_at
-from .opening import redis_url
+from .opening import redis_url, tried
 from .output import excerpt
 from .search import title
 from .stats import print_statistics
@@ -65,7 +65,8 @@ def _place(options: Common) -> Iterator[Callable[[], db.VectorStore]]:
         database_url, redis = options.database_url, redis_url(options)
         if database_url is None or redis is None:
             home = Settings.load({}).home / "demo"
-            servers = embedded.acquire(home)
+            with tried(f"the embedded server in {home}"):
+                servers = embedded.acquire(home)
             stack.callback(servers.release)
             stack.enter_context(_alone(home))
             database_url = database_url or servers.database_url

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import db
 from db import embedded
-from db.config import Settings
+from db.config import Settings, redacted
 from db.embedder import configured_embedder
 
 from .command import Common
@@ -35,13 +35,24 @@ def target_url(options: Common) -> Iterator[str]:
     direct = settings.direct_url() if options.database_url is None else None
     url = direct or settings.postgres_url()
     if url is not None:
-        yield url
+        with tried(redacted(url)):
+            yield url
         return
     servers = embedded.acquire(settings.home, settings=settings.embedded_settings, redis=False)
     try:
         yield servers.database_url
     finally:
         servers.release()
+
+
+@contextmanager
+def tried(place: str) -> Iterator[None]:
+    """What cannot be reached inside is at `place`, and not where the settings say: the command names it."""
+    try:
+        yield
+    except db.UnavailableError as exc:
+        exc.add_note(place)
+        raise
 
 
 def text_embedder(store: db.VectorStore) -> db.Embedder:

@@ -186,3 +186,11 @@ def test_variables_that_lead_elsewhere_are_named(env, name):
     del env["VECTORKEEP_DATABASE_URL"]
     ran = subprocess.run(command("stats"), cwd=ROOT, env=env | {name: "127.0.0.1"}, capture_output=True)
     assert (ran.returncode, ran.stderr.startswith(f"vectorkeep: {name} is set".encode())) == (6, True)
+
+
+def test_what_was_tried_is_named_and_not_what_the_settings_say_elsewhere(vectorkeep, env):
+    env["VECTORKEEP_MAINTENANCE_URL"] = "postgresql://u:topsecret@127.0.0.1:1/direct"
+    said = vectorkeep("pause", "why", code=3).err
+    assert "tried postgresql://u@127.0.0.1:1/direct" in said
+    env |= {"VECTORKEEP_DATABASE_URL": "postgresql://u@127.0.0.1:1/none", "VECTORKEEP_HOME": "/proc/nope"}
+    assert "tried the embedded server in /proc/nope/demo" in vectorkeep("demo", code=3).err
