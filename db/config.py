@@ -193,7 +193,7 @@ def _is_host(text: str) -> bool:
             return text.startswith("[") == text.endswith("]") and bool(address)
         except ValueError:
             return False
-    return re.fullmatch(r"[\w.,:-]+", text) is not None
+    return re.fullmatch(r"([\w.-]+(:\d+)?,)*[\w.-]+", text) is not None  # POSTGRES_PORT is that of the last
 
 
 def libpq_url(url: str) -> str:

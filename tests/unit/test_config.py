@@ -172,7 +172,7 @@ def test_a_name_and_a_timeout_in_the_url_stay():
         ("::1", {"host": "::1"}),
         ("[::1]", {"host": "::1"}),
         ("fe80::1%eth0", {"host": "fe80::1%eth0"}),
-        ("a,b", {"host": "a,b"}),
+        ("a:1,b", {"host": "a,b", "port": "1,5432"}),
     ],
 )
 def test_a_host_is_a_name_or_an_address(monkeypatch, host, read):
@@ -180,7 +180,7 @@ def test_a_host_is_a_name_or_an_address(monkeypatch, host, read):
     assert read.items() <= conninfo_to_dict(Settings.load({}).postgres_url()).items()
 
 
-@pytest.mark.parametrize("host", ["[::1] ", "[::1", "db/prod", "db?x", "u@db", "a b", "db#1", "::zz"])
+@pytest.mark.parametrize("host", ["[::1] ", "[::1", "db/prod", "db?x", "u@db", "a b", "db#1", "::zz", "db:5433"])
 def test_what_is_no_host_is_refused_without_the_password(monkeypatch, host):
     monkeypatch.setenv("POSTGRES_HOST", host)
     monkeypatch.setenv("POSTGRES_PASSWORD", "s3cret")
