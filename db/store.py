@@ -198,7 +198,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """
         check_count("batch_size", batch_size, MAX_BATCH)
         check_bulk(bulk)
-        tally = Tally(total_of(documents), on_progress)
+        tally = _callers_tally(documents, on_progress)
         with self._parts.metrics.measure("batch_upsert") as operation:
             with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
                 self._ingestion().upsert(callers_inputs(documents), batch_size, tally)
@@ -224,7 +224,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         check_count("batch_size", batch_size, MAX_BATCH)
         check_bulk(bulk)
         texts = self._text_embedder(embedder)
-        tally = Tally(total_of(items), on_progress)
+        tally = _callers_tally(items, on_progress)
         with self._parts.metrics.measure("embed_batch") as operation:
             with bulk_load.chosen(self._parts.database, self._parts.model, bulk, tally):
                 self._ingestion().embed(callers_inputs(items), texts, batch_size, tally)
@@ -258,7 +258,7 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         check_bulk(bulk)
         check_key("source_id", source_id)
         texts = self._text_embedder(embedder, register=not dry_run)
-        tally = Tally(total_of(items), on_progress)
+        tally = _callers_tally(items, on_progress)
         bulk = False if dry_run else bulk
         with self._parts.metrics.measure("sync_dry_run" if dry_run else "sync") as operation:
             deleted = SourceSync(self._ingestion(), source_id, tally).run(
@@ -638,6 +638,10 @@ class VectorStore(AbstractContextManager["VectorStore"]):
         """The model, read again: another process may have registered it since this store was opened."""
         self._parts.model.load()
         return self.model
+
+
+def _callers_tally(inputs: Iterable[Any], on_progress: Progress | None) -> Tally:
+    return Tally(total_of(inputs), on_progress and of_caller()(on_progress))
 
 
 def _counts(tally: Tally, *names: str) -> dict[str, int]:

@@ -78,8 +78,7 @@ class Tally:
                 counts = {name: count for name, count in self._counts.items() if count}
             logger.info("ingestion.progress", extra={"processed": self.processed, "total": self.total, **counts})
         if self._on_progress is not None:
-            with of_caller():
-                self._on_progress(self.processed, self.total)
+            self._on_progress(self.processed, self.total)
 
 
 def total_of(inputs: Any) -> int | None:
