@@ -3,9 +3,9 @@
 import shlex
 
 
-def psql(statements: str) -> str:
-    """The command that runs `statements`, which "; " separates, each by itself: some run in no transaction block."""
-    return " ".join(["psql", *(f"-c {_quoted(statement)}" for statement in statements.split("; "))])
+def psql(*statements: str) -> str:
+    """The command that runs `statements`, each by itself: some run in no transaction block."""
+    return " ".join(["psql", *(f"-c {_quoted(statement)}" for statement in statements)])
 
 
 def _quoted(statement: str) -> str:

@@ -164,7 +164,7 @@ def _connection(settings: Settings) -> Iterator[Connection[Any]]:
 
 
 def _plan_embedded(settings: Settings, *, force: bool) -> ResetPlan:
-    home = settings.home.expanduser().absolute()
+    home = settings.home.absolute()
     folder, location = str(home / "servers"), f"the embedded server in {home}"
     if not Path(folder).exists():
         raise SchemaError(f"there is no embedded database in {home}; nothing is to be reset")

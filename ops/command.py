@@ -83,6 +83,12 @@ def command(verb: Callable[Concatenate[Cli, P], ExitCode | None]) -> Callable[..
     return run
 
 
+def need_terminal() -> None:
+    """Raise BadParameter where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")
+
+
 def _run(options: Common, work: Callable[[Cli], ExitCode | None]) -> ExitCode:
     _have_all_streams()
     debug = options.debug or os.environ.get("VECTORKEEP_DEBUG", "").lower() in ("1", "true", "yes", "on")

@@ -1,11 +1,10 @@
 """`vectorkeep delete-source`."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from .command import Cli
+from .command import Cli, need_terminal
 from .exit_codes import ExitCode
 from .opening import open_store
 
@@ -39,7 +38,6 @@ def delete_source(
 
 
 def _confirmed(cli: Cli, source: str) -> bool:
-    if not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")
+    need_terminal()
     answer = cli.output.ask(f"Delete all documents of the source {source!r}? [y/N]:")
     return answer.lower() in ("y", "yes")

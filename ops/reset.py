@@ -1,6 +1,5 @@
 """`vectorkeep reset`."""
 
-import sys
 from functools import partial
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from db import reset as library
 from db.config import Settings
 
-from .command import Cli
+from .command import Cli, need_terminal
 from .doctor import settings_of
 from .exit_codes import ExitCode
 
@@ -26,8 +25,8 @@ def reset(
     stopped, and their folder and logs deleted. Refuses while other sessions have the store open or use its tables,
     unless forced.
     """
-    if not yes and not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on; give --yes", param_hint="--yes")
+    if not yes:
+        need_terminal()
     settings = Settings.load(settings_of(cli.options))
     plan = library.plan_reset(settings, force=force)
     _announce(cli, plan, asking=not yes)

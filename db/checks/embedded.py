@@ -89,7 +89,7 @@ def judge_room(folder: Path, free: int, total: int, least_bytes: int, least_shar
 def _home(examination: Examination) -> Path | None:
     if examination.settings.postgres_url() is not None:
         return None
-    return examination.settings.home.expanduser().absolute()
+    return examination.settings.home.absolute()
 
 
 def leftovers(home: Path) -> dict[str, list[Path]]:

@@ -67,13 +67,14 @@ def invalid_indexes(examination: Examination) -> Iterator[Found]:
             continue
         leftover = re.search(REINDEX_LEFTOVER, name) is not None
         what = "left of an interrupted REINDEX" if leftover else "invalid: its build was interrupted"
+        way = "DROP" if leftover else "REINDEX"
 
         def mend(name: str = name, table: str = table, leftover: bool = leftover) -> str:
             return _drop(examination, name) if leftover else _build_again(examination, name, table)
 
         yield fail(
             f"{shown} on {table} is {what}; it slows writes and serves no search",
-            f"vectorkeep doctor --fix, or psql -c '{'DROP' if leftover else 'REINDEX'} INDEX CONCURRENTLY {shown}'",
+            f"vectorkeep doctor --fix, or {psql(f'{way} INDEX CONCURRENTLY {shown}')}",
             subject=name,
             mend=mend,
         )
@@ -97,7 +98,7 @@ def missing_indexes(examination: Examination) -> Iterator[Found]:
 
             yield fail(
                 f"{index.name} on {table.name} is missing",
-                f"vectorkeep doctor --fix, or psql -c '{_create_statement(index)}'",
+                f"vectorkeep doctor --fix, or {psql(_create_statement(index))}",
                 subject=str(index.name),
                 mend=mend,
             )
@@ -114,8 +115,10 @@ def _missing_keys(examination: Examination, table: Table) -> Iterator[Found]:
         kind = "PRIMARY KEY" if name.endswith("_pkey") else "UNIQUE"
         yield fail(
             f"the {kind.lower()} {name} ({columns}) of {table.name} is missing",
-            f"psql -c 'CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table.name} ({columns})' "
-            f"-c 'ALTER TABLE {table.name} ADD CONSTRAINT {name} {kind} USING INDEX {name}'",
+            psql(
+                f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON {table.name} ({columns})",
+                f"ALTER TABLE {table.name} ADD CONSTRAINT {name} {kind} USING INDEX {name}",
+            ),
             subject=name,
         )
 
@@ -163,7 +166,7 @@ def index_health(examination: Examination) -> Iterator[Found]:
     reasons = [(report, reason) for report in reports for reason in report.findings if reason.rule not in _TOLD]
     for report, reason in reasons:
         judged = fail if reason.verdict == "critical" else warn
-        ways = dict.fromkeys((reason.command, psql(reason.sql)))  # for some rules the command is that SQL
+        ways = dict.fromkeys((reason.command, psql(*reason.sql.split("; "))))  # for some rules the command is that SQL
         yield judged(f"{report.name} is {reason.verdict}: {reason.evidence}", ", or ".join(ways))
     if not reasons:
         valid = ", ".join(

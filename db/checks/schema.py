@@ -8,6 +8,7 @@ from .. import migrate
 from ..errors import SchemaError
 from ..models import Base
 from ..orphans import FOREIGN_KEY
+from ..psql import psql
 from .base import Examination, Found, Needs, check, fail, ok
 
 _LOCK_TIMEOUT_MS = 2000
@@ -33,6 +34,12 @@ _DANGLING = """
 
 def our_tables() -> list[str]:
     return [table.name for table in Base.metadata.sorted_tables]
+
+
+_ADD_FOREIGN_KEY = (
+    f"ALTER TABLE chunks ADD CONSTRAINT {FOREIGN_KEY} FOREIGN KEY (document_id) "
+    "REFERENCES embeddings (id) ON DELETE CASCADE NOT VALID"
+)
 
 
 @check("schema", Needs.SERVER, "migrations are at head, there is one head, and every table and column is there")
@@ -78,7 +85,7 @@ def migration_heads() -> list[str]:
 def constraints(examination: Examination) -> Iterator[Found]:
     for name, shown, table, definition in examination.rows(_UNVALIDATED, our_tables()):
         evidence = f"{name} of {shown} is not validated: {definition}"
-        remedy = f"vectorkeep doctor --fix, or psql -c 'ALTER TABLE {shown} VALIDATE CONSTRAINT {name}'"
+        remedy = f"vectorkeep doctor --fix, or {psql(f'ALTER TABLE {shown} VALIDATE CONSTRAINT {name}')}"
         if name == FOREIGN_KEY and (dangling := examination.value(_DANGLING)):
             yield fail(f"{evidence}; {dangling} chunks have no document", "vectorkeep cleanup", subject=name)
             continue
@@ -90,8 +97,7 @@ def constraints(examination: Examination) -> Iterator[Found]:
     if not examination.value(_HAS_FOREIGN_KEY, FOREIGN_KEY):
         yield fail(
             "chunks have no foreign key to their documents",
-            f"psql -c 'ALTER TABLE chunks ADD CONSTRAINT {FOREIGN_KEY} FOREIGN KEY (document_id) "
-            "REFERENCES embeddings (id) ON DELETE CASCADE NOT VALID', then vectorkeep cleanup",
+            f"{psql(_ADD_FOREIGN_KEY)}, then vectorkeep cleanup",
             subject="missing",
         )
 

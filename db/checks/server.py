@@ -188,11 +188,11 @@ def session_settings(examination: Examination) -> Iterator[Found]:
         yield warn(f"could not look: {' '.join(str(exc).split())}", "see the check 'connections'")
         return
     if other := {name: value for name, value in wanted.items() if seen.get(name) != value}:
-        alter = "; ".join(f"ALTER ROLE {role} IN DATABASE {database} SET {name} = '{other[name]}'" for name in other)
+        alter = [f"ALTER ROLE {role} IN DATABASE {database} SET {name} = '{other[name]}'" for name in other]
         yield warn(
             f"a pooler, such as PgBouncer with ignore_startup_parameters = options, keeps these from the server: "
             f"{', '.join(f'{name} is {seen.get(name)}, expected {value}' for name, value in other.items())}",
-            f"{psql(alter)}, then make the pooler connect anew",
+            f"{psql(*alter)}, then make the pooler connect anew",
         )
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
+from psycopg import sql
+
 from ..errors import BusyError
 from ..locks import LOCK_CLASS, SYNC_CLASS
+from ..psql import psql
 from .base import Examination, Found, Needs, age, check, megabytes, ok, warn
 
 _IDLE_OURS = """
@@ -80,7 +83,7 @@ def idle_transactions(examination: Examination) -> Iterator[Found]:
 
         yield warn(
             f"process {pid} ({application}, {user}) has been idle in a transaction for {age(idle_s)}",
-            f"vectorkeep doctor --fix after {age(limit_s)}, or psql -c 'SELECT pg_terminate_backend({pid})'",
+            f"vectorkeep doctor --fix after {age(limit_s)}, or {_terminate(pid)}",
             subject=str(pid),
             mend=mend if idle_s > limit_s else None,
         )
@@ -94,7 +97,7 @@ def blockers(examination: Examination) -> Iterator[Found]:
         who = f"process {blocker} ({name or 'unnamed'}, {user}, {state})" if blocker else "a prepared transaction"
         yield warn(
             f"process {pid} ({application or 'unnamed'}) has waited {age(waited_s)} for a lock of {who}",
-            f"let it finish, or psql -c 'SELECT pg_terminate_backend({blocker})'" if blocker else "ROLLBACK PREPARED",
+            f"let it finish, or {_terminate(blocker)}" if blocker else "ROLLBACK PREPARED",
         )
 
 
@@ -109,7 +112,7 @@ def long_transactions(examination: Examination) -> Iterator[Found]:
         yield warn(
             f"process {pid} ({application}, {user}, {state}) has had a transaction open for {age(open_s)}: "
             "vacuum removes nothing that died since",
-            f"let it finish, or psql -c 'SELECT pg_terminate_backend({pid})'",
+            f"let it finish, or {_terminate(pid)}",
         )
 
 
@@ -121,9 +124,10 @@ def long_transactions(examination: Examination) -> Iterator[Found]:
 )
 def prepared_transactions(examination: Examination) -> Iterator[Found]:
     for gid, owner, open_s in examination.rows(_PREPARED, examination.limits.prepared_transaction_s):
+        rollback = f"ROLLBACK PREPARED {sql.Literal(gid).as_string()}"
         yield warn(
             f"the transaction {gid!r} of {owner} has been prepared for {age(open_s)} and not ended",
-            f"ask its owner, then psql -c \"ROLLBACK PREPARED '{gid}'\" (or COMMIT PREPARED)",
+            f"ask its owner, then {psql(rollback)} (or COMMIT PREPARED)",
         )
 
 
@@ -139,10 +143,11 @@ def replication_slots(examination: Examination) -> Iterator[Found]:
         if (active or not holds_vacuum) and not too_much:
             continue
         holding = " and holds back vacuum" if holds_vacuum else ""
+        drop = f"SELECT pg_drop_replication_slot('{name}')"
         yield warn(
             f"the slot {name} ({'in use' if active else 'nobody reads it'}) keeps {megabytes(kept_bytes)} of WAL"
             f"{holding}",
-            f"start its reader, or psql -c \"SELECT pg_drop_replication_slot('{name}')\"",
+            f"start its reader, or {psql(drop)}",
         )
     if slots:
         yield ok(f"{len(slots)} slots: {', '.join(slot[0] for slot in slots)}")
@@ -164,7 +169,7 @@ def advisory_locks(examination: Examination) -> Iterator[Found]:
         yield warn(
             f"process {pid} ({application or 'unnamed'}, {user}, {address or 'local'}) holds a lock of ours and "
             f"has been idle for {age(idle_s)}: a bulk load or a sync that works, or a program that hangs",
-            f"look at that program; if it is gone, psql -c 'SELECT pg_terminate_backend({pid})'",
+            f"look at that program; if it is gone, {_terminate(pid)}",
         )
 
 
@@ -195,3 +200,7 @@ CHECKS = (
     advisory_locks,
     privileges,
 )
+
+
+def _terminate(pid: int) -> str:
+    return psql(f"SELECT pg_terminate_backend({pid})")

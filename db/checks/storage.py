@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ..psql import psql
 from .base import Examination, Found, Needs, check, fail, warn
 from .schema import our_tables
 
@@ -32,12 +33,12 @@ def autovacuum(examination: Examination) -> Iterator[Found]:
     )
     yield from judge_autovacuum(settings.get("autovacuum") == "on", settings.get("track_counts") == "on")
     for (table,) in examination.rows(_SWITCHED_OFF, our_tables()):
-        yield warn(f"autovacuum is off for {table}", f"psql -c 'ALTER TABLE {table} RESET (autovacuum_enabled)'")
+        yield warn(f"autovacuum is off for {table}", psql(f"ALTER TABLE {table} RESET (autovacuum_enabled)"))
     limits = examination.limits
     for table, live, dead, last in examination.rows(_BEHIND, our_tables(), limits.dead_rows, limits.dead_share):
         yield warn(
             f"{table} holds {dead} dead rows beside {live} live ones; last vacuumed: {last or 'never'}",
-            f"vectorkeep maintain, or psql -c 'VACUUM (ANALYZE) {table}'",
+            f"vectorkeep maintain, or {psql(f'VACUUM (ANALYZE) {table}')}",
         )
 
 
@@ -47,7 +48,7 @@ def judge_autovacuum(on: bool, counts: bool) -> Iterator[Found]:
         name = "track_counts" if on else "autovacuum"
         yield fail(
             f"{name} is off on the server: dead rows stay, and transaction ids run out in the end",
-            f"psql -c 'ALTER SYSTEM SET {name} = on' -c 'SELECT pg_reload_conf()', as a superuser",
+            f"{psql(f'ALTER SYSTEM SET {name} = on', 'SELECT pg_reload_conf()')}, as a superuser",
         )
 
 
